@@ -1,0 +1,1 @@
+"""deployfa: train, fold, verify, time and run feature-space adapters (VeFA, LoRFA)."""
