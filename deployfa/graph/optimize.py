@@ -1,0 +1,74 @@
+"""Fuse a graph for ONNX Runtime, the last step: after it, sites can no longer be found.
+
+Two libraries do the work, each the better one at some shapes (neither always beats no fusion at all), so ``auto``
+builds every candidate and the pipeline times them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+from deployfa.errors import InputError, MissingExtraError
+
+__all__ = ["FUSIONS", "fuse"]
+
+
+def fuse(model: ir.Model, name: str) -> ir.Model:
+    """A fused copy of ``model``; ``name`` is a key of ``FUSIONS``.
+
+    Raises ``InputError`` for an unknown name and ``MissingExtraError`` if the fusing library is not installed.
+    """
+    if name not in FUSIONS:
+        raise InputError(f"no fusion '{name}'; use auto or one of: {', '.join(FUSIONS)}")
+    with _quiet():
+        return FUSIONS[name](model.clone())
+
+
+def _none(model: ir.Model) -> ir.Model:
+    return model
+
+
+def _transformers(model: ir.Model) -> ir.Model:
+    """``transformers.exporters``' fusions for the CPU provider: attention, skip-norm, bias-GELU, packed QKV."""
+    try:
+        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("transformers", "train", "the fusion 'ort'") from error
+    fuse_for_onnxruntime(model, "cpu")
+    return model
+
+
+def _onnxscript(model: ir.Model) -> ir.Model:
+    """onnxscript's own ONNX Runtime fusions."""
+    try:
+        from onnxscript.rewriter.ort_fusions import optimize_for_ort
+    except ImportError as error:
+        raise MissingExtraError("onnxscript", "train", "the fusion 'onnxscript'") from error
+    fused, _counts = optimize_for_ort(model)
+    return fused
+
+
+FUSIONS: dict[str, Callable[[ir.Model], ir.Model]] = {
+    "none": _none,
+    "ort": _transformers,
+    "onnxscript": _onnxscript,
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,64 @@
+"""Apply a plan to a clone of the graph, and prove that nothing of the adapter was left over."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from deployfa.adapter import Adapter
+from deployfa.errors import LeftoverError, PlanError, SiteError
+from deployfa.graph.own_weight import fold_into_own_weight
+from deployfa.graph.plan import OWN_WEIGHT, Plan, why_not_own_weight
+from deployfa.graph.replace import replace_module
+from deployfa.graph.side_op import SideOps
+from deployfa.graph.sites import find_sites
+from deployfa.graph.tensors import drop_unused
+
+__all__ = ["apply_adapter"]
+
+
+def apply_adapter(model: ir.Model, adapter: Adapter, plan: Plan) -> ir.Model:
+    """A new model with ``adapter`` placed as ``plan`` says; ``model`` and ``adapter`` stay as they were.
+
+    Weights that no placement touches are shared with ``model``, not copied.  Raises ``LeftoverError`` and names the
+    tensors if the plan does not consume the whole adapter (promise 1), and ``SiteError``, ``EditError`` or
+    ``PlanError`` if the plan was made for another adapter or another graph.
+    """
+    _check_consumed(adapter, plan)
+    result = model.clone()
+    graph = result.graph
+    # replaced modules first: an edit of a replaced module changes the new weights, as it does in PyTorch
+    sites = find_sites(result)
+    for module in plan.modules:
+        replace_module(graph, sites, module.path, adapter.modules[module.path])
+    sites = find_sites(result)
+    missing = {planned.site for planned in plan.edits} - set(sites)
+    if missing:
+        raise SiteError.unknown(missing, sites)
+    side_ops = SideOps(graph)
+    for planned in plan.edits:
+        site, edit = sites[planned.site], adapter.edits[planned.site]
+        edit.check(site.path, site.in_features, site.out_features, site.kernel)
+        if planned.placement == OWN_WEIGHT:
+            blocked = why_not_own_weight(site, edit)
+            if blocked:
+                raise PlanError(f"site '{site.path}' cannot fold as the plan says: {blocked}; make a new plan")
+            fold_into_own_weight(graph, site, edit)
+        else:
+            side_ops.place(site, edit)
+    drop_unused(graph)
+    return result
+
+
+def _check_consumed(adapter: Adapter, plan: Plan) -> None:
+    planned_sites = [edit.site for edit in plan.edits]
+    foreign = {*planned_sites} - {*adapter.edits} | {module.path for module in plan.modules} - {*adapter.modules}
+    if foreign:
+        raise PlanError(f"the plan names '{min(foreign)}', which the adapter does not change; make a new plan for it")
+    if len(planned_sites) != len(set(planned_sites)):
+        raise PlanError("the plan places one edit twice; make a new plan")
+    consumed = {f"edit/{edit.site}/{name}" for edit in plan.edits for name in adapter.edits[edit.site].tensors()}
+    consumed |= {f"module/{module.path}/{name}" for module in plan.modules for name in module.parameters}
+    left = sorted(set(adapter.tensors()) - consumed)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise LeftoverError(f"the plan leaves '{left[0]}'{more} of the adapter unused; make a new plan for it")

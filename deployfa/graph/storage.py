@@ -1,0 +1,78 @@
+"""Read and write graphs: weights beside the graph in one external file, paths kept inside the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from deployfa.errors import InputError
+
+__all__ = ["GRAPH", "load_graph", "save_graph"]
+
+GRAPH = "model.onnx"
+
+
+def load_graph(path: Path) -> ir.Model:
+    """The graph at ``path``, its weights left on disk until read.
+
+    Raises ``InputError`` if it is no graph, or if it names external data outside its folder or past the end of a file.
+    """
+    if not path.is_file():
+        raise InputError(f"no graph at '{path}'; pass an .onnx file")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        # protobuf, onnx_ir and the file system each fail in their own way on a damaged file
+        raise InputError(f"'{path}' is not an ONNX graph ({error}); export it again") from error
+    if not len(model.graph):
+        # protobuf reads an empty or cut file as a model without a graph
+        raise InputError(f"'{path}' is not an ONNX graph (it has no nodes); export it again")
+    folder = path.parent.resolve()
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(path, folder, tensor)
+        elif isinstance(tensor, ir.TensorProtoTensor) and _is_short(tensor):
+            raise InputError(f"'{path}': weight '{tensor.name}' has another length than its shape; copy it again")
+    return model
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol | None]:
+    """Every tensor that loading can read: initializers and attributes, in subgraphs and functions too."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    for function in model.functions.values():
+        graphs += [function.graph, *function.subgraphs()]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
+
+
+def _is_short(tensor: ir.TensorProtoTensor) -> bool:
+    proto = tensor.raw
+    return proto.HasField("raw_data") and len(proto.raw_data) != tensor.nbytes
+
+
+def _check_external(path: Path, folder: Path, tensor: ir.ExternalTensor) -> None:
+    data = (path.parent / tensor.location).resolve()
+    if not data.is_relative_to(folder):
+        raise InputError(f"'{path}' reads '{tensor.location}', which lies outside its folder; refused")
+    size = data.stat().st_size if data.is_file() else -1
+    offset, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
+    if offset < 0 or length != tensor.nbytes:
+        raise InputError(f"'{path}': weight '{tensor.name}' has another length than its shape; copy it again")
+    if offset + length > size:
+        raise InputError(f"'{path}': weight '{tensor.name}' reaches past the end of '{tensor.location}'; copy it again")
+
+
+def save_graph(model: ir.Model, folder: Path) -> Path:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; ``model`` is not changed."""
+    path = folder / GRAPH
+    ir.save(model, path, external_data=f"{GRAPH}.data")
+    return path

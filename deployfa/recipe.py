@@ -1,0 +1,27 @@
+"""What a recipe in ``deployfa.models`` says about a model: what to adapt, how to feed it, how to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Declarative; a model without one works from ``DEFAULTS`` of its task.
+
+    ``sites``: PEFT ``target_modules`` (a regex or names).  ``learning_rate``: per method.  ``max_length``: training
+    texts are cut there, in tokens.  ``asset``: the name under which ``deployfa fetch`` knows the model, if any.
+    """
+
+    name: str
+    task: str
+    about: str
+    sites: str | tuple[str, ...] = "all-linear"
+    learning_rate: Mapping[str, float] = field(
+        default_factory=lambda: {"vefa": 5e-3, "lorfa": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 1e-3}
+    )
+    max_length: int = 128
+    asset: str | None = None
