@@ -1,0 +1,73 @@
+"""Text → feeds, with ``tokenizers`` alone: the same code for training, verifying and running."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deployfa.edits import Array
+from deployfa.errors import BundleError, MissingExtraError
+
+__all__ = ["TOKENIZER_FILES", "TextPreprocessor"]
+
+#: What a bundle needs of a tokenizer; the first is required.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class TextPreprocessor:
+    """Tokenise, truncate to ``max_length`` tokens, pad to the longest row."""
+
+    def __init__(self, folder: Path, *, max_length: int) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("tokenizers", "cpu", "reading text") from error
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise BundleError(f"'{folder}' has no tokenizer.json; save the model's fast tokenizer there")
+        self._tokenizer: Any = Tokenizer.from_file(str(file))
+        self.max_length = max_length
+        pad_token = _pad_token(folder)
+        pad_id = self._tokenizer.token_to_id(pad_token) if pad_token else None
+        # the file may carry a fixed length from training; ours replaces it
+        self._tokenizer.enable_truncation(max_length)
+        self._tokenizer.enable_padding(pad_id=pad_id or 0, pad_token=pad_token or "[PAD]")
+
+    def encode(self, texts: Sequence[str], *, length: int | None = None) -> dict[str, Array]:
+        """``input_ids``, ``attention_mask``, ``token_type_ids``: int64 (batch, sequence).
+
+        Padded to the longest row, or to ``length`` tokens if that is longer.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts))
+        feeds = {
+            "input_ids": np.array([e.ids for e in encodings], dtype=np.int64),
+            "attention_mask": np.array([e.attention_mask for e in encodings], dtype=np.int64),
+            "token_type_ids": np.array([e.type_ids for e in encodings], dtype=np.int64),
+        }
+        width = feeds["input_ids"].shape[1]
+        if length is not None and length > width:
+            pad_id = int(self._tokenizer.padding["pad_id"])
+            for name, array in feeds.items():
+                fill = pad_id if name == "input_ids" else 0
+                feeds[name] = np.pad(array, ((0, 0), (0, length - width)), constant_values=fill)
+        return feeds
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, after truncation and without padding."""
+        return [int(sum(e.attention_mask)) for e in self._tokenizer.encode_batch(list(texts))]
+
+
+def _pad_token(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if file.is_file():
+            token = json.loads(file.read_text(encoding="utf-8")).get("pad_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            if token:
+                return str(token)
+    return None

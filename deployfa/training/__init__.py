@@ -1,0 +1,1 @@
+"""The only rooms with torch: PEFT tuners, fitting, the base-graph export, and the PyTorch truth."""

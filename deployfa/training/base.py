@@ -1,0 +1,140 @@
+"""Load a base model, name what the checkpoint did not bring, and fingerprint the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from deployfa.adapter import fingerprint
+from deployfa.errors import ExportError, InputError
+
+__all__ = ["TASKS", "Base", "base_fingerprint", "load_base", "quiet"]
+
+#: Task → the transformers class that loads a model for it.
+TASKS = {"text-classification": "AutoModelForSequenceClassification"}
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert"}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model in float32 and the modules its checkpoint did not bring (a fresh classifier head)."""
+
+    model: nn.Module
+    name: str
+    task: str
+    fresh_modules: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens, that the position embeddings allow."""
+        config: Any = self.model.config
+        positions = int(getattr(config, "max_position_embeddings", 0) or 512)
+        # RoBERTa counts positions from the padding id on
+        offset = int(getattr(config, "pad_token_id", 0) or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        return min(positions - offset, 512)
+
+
+def load_base(name: str | Path, task: str, *, labels: Sequence[str], seed: int = 0) -> Base:
+    """Load ``name`` (a directory or hub id) for ``task`` with ``len(labels)`` outputs, float32, eval mode.
+
+    Modules that the checkpoint lacks are initialised from ``seed``.  Raises ``InputError`` if it cannot be loaded.
+    """
+    if task not in TASKS:
+        raise InputError(f"unknown task '{task}'; known tasks: {', '.join(TASKS)}")
+    auto: Any = getattr(transformers, TASKS[task])
+    torch.manual_seed(seed)
+    ids = {label: number for number, label in enumerate(labels)}
+    try:
+        with quiet():
+            model, loading = auto.from_pretrained(
+                str(name),
+                num_labels=len(labels),
+                label2id=ids,
+                id2label={number: label for label, number in ids.items()},
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot load a model from '{name}' ({first_line}); pass its directory with --model"
+        ) from error
+    missing = set(loading["missing_keys"]) | {key[0] for key in loading["mismatched_keys"]}
+    fresh = sorted({key.rpartition(".")[0] for key in missing})
+    return Base(model.eval(), str(name), task, tuple(fresh))
+
+
+def base_fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:
+    """``deployfa.adapter.fingerprint`` over the state dict of ``model``.
+
+    Adapters on it (PEFT's layers) are looked through; modules in ``without``, which the adapter brings itself, and
+    their insides are left out.  Raises ``ExportError`` if nothing is left.
+    """
+    inner = getattr(model, "base_model", None)
+    root = inner.model if inner is not None and hasattr(model, "peft_config") else model
+    named = list(_base_tensors(root.state_dict(), getattr(inner, "prefix", None), without))
+    if not named:
+        raise ExportError("the base model has no tensors left to fingerprint; adapt fewer modules")
+    return fingerprint(
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _bytes(tensor)) for name, tensor in named
+    )
+
+
+def _base_tensors(
+    state: dict[str, torch.Tensor], adapter_prefix: str | None, without: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, tensor in state.items():
+        parts = key.split(".")
+        if adapter_prefix is not None and any(part.startswith(adapter_prefix) for part in parts):
+            continue
+        if "modules_to_save" in parts:
+            continue
+        name = ".".join(part for part in parts if part not in {"base_layer", "original_module"})
+        if not any(name.startswith(f"{module}.") for module in without):
+            yield name, tensor
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading reports and version warnings of libraries; errors still come as exceptions."""
+    names = ("torch", "torch.onnx", "torch.export", "onnxscript", "transformers", "peft", "accelerate")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,148 @@
+"""Export the base model to its base graph, once.
+
+``transformers.exporters.OnnxExporter`` does the work (attention masks, dynamic shapes); here its graph is made
+readable: dimensions are called ``batch`` and ``sequence``, weights after their modules, and nothing of the machine
+that made it stays in the metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from deployfa.edits import Array
+from deployfa.errors import ExportError
+from deployfa.training.base import Base, quiet
+
+__all__ = ["export_base_graph", "probe", "sample_inputs"]
+
+_KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
+_TRANSPOSED = ".T"
+
+
+def export_base_graph(base: Base) -> ir.Model:
+    """The ONNX graph of ``base``, dynamic over batch and sequence, module paths kept.
+
+    Raises ``ExportError`` with the exporter's first line.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    model = base.model.eval()
+    _make_fresh_weights_unique(model, base.fresh_modules)
+    feeds = sample_inputs(model)
+    dynamic = {
+        name: dict.fromkeys(range(min(tensor.dim(), 2)), torch.export.Dim.DYNAMIC) for name, tensor in feeds.items()
+    }
+    try:
+        # the exporter prints its progress on standard output, which belongs to --json
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            exported = OnnxExporter().export(model, feeds, OnnxConfig(dynamic=True, dynamic_shapes=dynamic))  # type: ignore[arg-type]
+    except Exception as error:
+        # any of three libraries may fail here, each with its own exceptions
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"exporting {base.architecture} failed ({first_line}); try other versions of torch"
+        ) from error
+    program: ir.Model = exported.program
+    _name_dimensions(program.graph)
+    _clean_metadata(program)
+    _name_weights(program)
+    return program
+
+
+def probe(base: Base) -> tuple[dict[str, Array], Array, Array]:
+    """Feeds at another shape than the exporter saw (three rows of nine tokens, two padded), and what PyTorch answers in
+    float64 and in float32: what the graph is checked against, and the noise that it is allowed."""
+    feeds = {name: torch.cat([t, t.flip(0)[:1]]).repeat(1, 2)[:, :9] for name, t in sample_inputs(base.model).items()}
+    feeds["attention_mask"] = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 6 + [0] * 3])
+    with torch.inference_mode():
+        truth = copy.deepcopy(base.model).double()(**feeds).logits.numpy()
+        single = base.model(**feeds).logits.numpy()
+    return {name: tensor.numpy() for name, tensor in feeds.items()}, truth, single
+
+
+def sample_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Two rows of five tokens, the second padded by two: an all-ones mask would be traced away."""
+    config: Any = model.config
+    pad = int(getattr(config, "pad_token_id", None) or 0)
+    vocabulary = int(config.vocab_size)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, pad, pad]]) % vocabulary
+    feeds = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    if int(getattr(config, "type_vocab_size", 0) or 0) > 1:
+        feeds["token_type_ids"] = torch.zeros_like(ids)
+    return feeds
+
+
+def _make_fresh_weights_unique(model: nn.Module, fresh: tuple[str, ...]) -> None:
+    """Fill modules that the adapter will replace with noise, so that the exporter merges none of them with another
+    (it dedupes equal initializers) and removes no zero bias."""
+    generator = torch.Generator().manual_seed(0)
+    for path in fresh:
+        for parameter in model.get_submodule(path).parameters(recurse=False):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def _name_dimensions(graph: ir.Graph) -> None:
+    """torch's ``s72`` → ``batch`` and ``sequence``, by the axis at which an input has it."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                names.setdefault(str(dim.value), ("batch", "sequence")[axis] if axis < 2 else str(dim.value))
+    values = list(graph.inputs) + [output for node in graph.all_nodes() for output in node.outputs]
+    for value in values:
+        if value.shape is None:
+            continue
+        dims = [
+            ir.SymbolicDim(names.get(str(dim.value), str(dim.value)))
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+            else dim
+            for dim in value.shape
+        ]
+        value.shape = ir.Shape(dims)
+
+
+def _clean_metadata(model: ir.Model) -> None:
+    """Keep the module path of each node; drop stack traces, which name files of this machine."""
+    owners: list[Any] = [
+        model,
+        model.graph,
+        *model.graph.all_nodes(),
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+    ]
+    owners += [output for node in model.graph.all_nodes() for output in node.outputs]
+    for owner in owners:
+        for key in [key for key in owner.metadata_props if key not in _KEPT_METADATA]:
+            del owner.metadata_props[key]
+    model.graph.doc_string = None
+
+
+def _name_weights(model: ir.Model) -> None:
+    """``val_69`` → ``encoder.layer.0.attention.self.query.weight.T``: the exporter transposed it, the name says so."""
+    taken = set(model.graph.initializers)
+    for node in model.graph.all_nodes():
+        if node.op_type != "MatMul" or len(node.inputs) < 2:
+            continue
+        weight = node.inputs[1]
+        path = _module_path(node)
+        if path is None or weight is None or not weight.is_initializer() or not (weight.name or "").startswith("val_"):
+            continue
+        name = f"{path}.weight{_TRANSPOSED}"
+        if name not in taken:
+            taken.add(name)
+            weight.name = name
+
+
+def _module_path(node: ir.Node) -> str | None:
+    import ast
+
+    text = node.metadata_props.get(_KEPT_METADATA[0])
+    return str(ast.literal_eval(text)[-2]) if text else None

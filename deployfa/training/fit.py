@@ -1,0 +1,233 @@
+"""Train an adapter with the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+
+from deployfa.adapter import Adapter
+from deployfa.data import Row, label_ids
+from deployfa.errors import InputError
+from deployfa.metrics import Labels, Scores, score
+from deployfa.preprocess import TextPreprocessor
+from deployfa.training.base import Base, load_base, quiet
+from deployfa.training.capture import capture, head_only
+from deployfa.training.encode import EncodedRows, pad_batch
+from deployfa.training.options import FitOptions
+from deployfa.training.tuners import LoRFAConfig, VeFAConfig
+
+__all__ = ["Progress", "Trained", "fit", "predict"]
+
+#: Called with (what, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model, the adapter in it (``None`` for full fine-tuning), its scores per domain, the time it took."""
+
+    model: nn.Module
+    adapter: Adapter | None
+    scores: dict[str, Scores]
+    seconds: float
+    trainable_parameters: int
+
+
+def fit(
+    base_name: str | Path,
+    task: str,
+    train: Sequence[Row],
+    domains: Mapping[str, Sequence[Row]],
+    labels: Sequence[str],
+    options: FitOptions,
+    *,
+    tokenizer: Path,
+    work: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train ``options.method`` on ``train`` and score every domain.
+
+    ``tokenizer`` is a folder with ``tokenizer.json``; checkpoints go to ``work`` once an epoch, and ``resume`` goes on
+    from the last of them.  The same seed on the same CPU gives the same adapter, bit for bit, resumed or not.
+    """
+    started = time.monotonic()
+    device = _device(options)
+    options = msgspec.structs.replace(options, precision=_precision(options, device))
+    transformers.set_seed(options.seed)
+    base = load_base(base_name, task, labels=labels, seed=options.seed)
+    preprocessor = TextPreprocessor(tokenizer, max_length=options.max_length)
+    names = _input_names(base.model)
+    collate = functools.partial(pad_batch, pad_id=_pad_id(base.model), names=names)
+    model = _with_adapter(base, options)
+    rows = EncodedRows(preprocessor, [row.text for row in train], label_ids(train, labels))
+    trainer = transformers.Trainer(
+        model=model,
+        args=_arguments(options, work, device),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[_Report(progress)] if progress else None,
+    )
+    # our callback is the only voice
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    with quiet():
+        last = _last_checkpoint(work) if resume else None
+        outcome = trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    seconds = time.monotonic() - started
+    scores = {}
+    with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
+        for name, domain in domains.items():
+            texts = [row.text for row in domain]
+            predicted = predict(model, preprocessor, texts, names, label=name, progress=progress)
+            scores[name] = score(predicted, np.array(label_ids(domain, labels), dtype=np.int64))
+    summary: dict[str, Any] = {
+        "rows": len(train),
+        "loss": round(float(outcome.training_loss), 6),
+        "seconds": round(seconds, 1),
+        "device": device,
+        "options": msgspec.to_builtins(options),
+        "scores": {name: msgspec.to_builtins(value) for name, value in scores.items()},
+    }
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapter = _capture(model, base, labels, options, summary)
+    return Trained(model, adapter, scores, round(seconds, 1), trainable)
+
+
+def predict(
+    model: nn.Module,
+    preprocessor: TextPreprocessor,
+    texts: Sequence[str],
+    names: Sequence[str],
+    *,
+    batch_size: int = 64,
+    label: str = "",
+    progress: Progress | None = None,
+) -> Labels:
+    """The label id of every text, int64 (rows,); rows are batched by length so that padding costs little."""
+    order = np.argsort(preprocessor.lengths(texts), kind="stable")
+    device = next(model.parameters()).device
+    predicted = np.zeros(len(texts), dtype=np.int64)
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            feeds = preprocessor.encode([texts[i] for i in chosen])
+            batch = {name: torch.from_numpy(feeds[name]).to(device) for name in names}
+            predicted[chosen] = model(**batch).logits.argmax(-1).cpu().numpy()
+            if progress:
+                progress(f"scoring {label}".strip(), min(start + batch_size, len(order)), len(order))
+    return predicted
+
+
+def _with_adapter(base: Base, options: FitOptions) -> nn.Module:
+    if options.method == "full":
+        return base.model
+    if options.method == "head":
+        if not base.fresh_modules:
+            raise InputError("the base model brings its own head, so --method head has nothing to train; use vefa")
+        base.model.requires_grad_(False)
+        for path in base.fresh_modules:
+            base.model.get_submodule(path).requires_grad_(True)
+        return base.model
+    common: dict[str, Any] = {"target_modules": options.sites, "modules_to_save": list(base.fresh_modules) or None}
+    bias = "shift" if options.shift else "none"
+    config: peft.PeftConfig
+    if options.method == "vefa":
+        config = VeFAConfig(**common, bias=bias, share_input=options.share_input)
+    elif options.method == "lorfa":
+        config = LoRFAConfig(
+            **common, bias=bias, share_input=options.share_input, r=options.rank, alpha=options.scaled_alpha
+        )
+    else:
+        config = peft.LoraConfig(**common, r=options.rank, lora_alpha=options.scaled_alpha)  # type: ignore[arg-type]
+    with quiet():
+        return peft.get_peft_model(base.model, config)
+
+
+def _capture(
+    model: nn.Module, base: Base, labels: Sequence[str], options: FitOptions, summary: dict[str, Any]
+) -> Adapter | None:
+    if options.method == "full":
+        return None
+    if isinstance(model, peft.PeftModel):
+        return capture(model, base_name=base.name, task=base.task, labels=labels, training=summary)
+    return head_only(model, base.fresh_modules, base_name=base.name, task=base.task, labels=labels, training=summary)
+
+
+def _arguments(options: FitOptions, work: Path, device: str) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=str(work),
+        learning_rate=options.learning_rate,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        weight_decay=0.0,
+        train_sampling_strategy="group_by_length",
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=options.precision == "bf16",
+        use_cpu=device == "cpu",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+    )
+
+
+class _Report(transformers.TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress("training", state.global_step, state.max_steps)
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(work)) if work.is_dir() else None
+
+
+def _device(options: FitOptions) -> str:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is visible to PyTorch; use --device auto or cpu")
+    return "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _precision(options: FitOptions, device: str) -> Literal["fp32", "bf16"]:
+    """What ``auto`` means here: emulated bf16 is slower than fp32, native bf16 about twice as fast."""
+    if options.precision != "auto":
+        return options.precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def _input_names(model: nn.Module) -> list[str]:
+    config: Any = model.config
+    names = ["input_ids", "attention_mask"]
+    return [*names, "token_type_ids"] if int(getattr(config, "type_vocab_size", 0) or 0) > 1 else names
+
+
+def _pad_id(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(getattr(config, "pad_token_id", None) or 0)

@@ -1,0 +1,122 @@
+"""The truth: the base model in PyTorch with the *unfolded* adapter, in float64 or float32.
+
+T(x) is computed by hooks on the base model's own layers, from the same arrays that the graph got.  A test holds this
+against the PEFT tuners, which compute it their own way.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deployfa.adapter import Adapter
+from deployfa.edits import Array, Edit, LowRank
+from deployfa.errors import SiteError
+from deployfa.training.base import Base, base_fingerprint, load_base
+
+__all__ = ["adapted_model", "attach", "load_adapted"]
+
+
+def adapted_model(adapter: str | Path, model: str | Path | None = None) -> nn.Module:
+    """Adapter file + base model → a float32 PyTorch model in eval mode (for ``bench --against torch``)."""
+    loaded = Adapter.load(adapter)
+    base = load_base(model or loaded.base.name, loaded.base.task, labels=loaded.labels)
+    return load_adapted(base, loaded, dtype=torch.float32)
+
+
+def load_adapted(base: Base, adapter: Adapter, *, dtype: torch.dtype, edits: bool = True) -> nn.Module:
+    """A copy of ``base`` in ``dtype`` with ``adapter`` attached, unfolded; ``edits=False`` leaves only the head."""
+    return attach(copy.deepcopy(base.model).to(dtype).eval(), adapter, edits=edits)
+
+
+def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Module:
+    """Hook every edit onto ``model`` and write the replaced modules over its own, in the dtype that ``model`` has.
+
+    Raises ``SiteError`` for a site or parameter that the model lacks.
+    """
+    modules = dict(model.named_modules())
+    for path, parameters in adapter.modules.items():
+        state = modules[path].state_dict() if path in modules else {}
+        for name, array in parameters.items():
+            if name not in state or tuple(state[name].shape) != array.shape:
+                raise SiteError(f"the base model has no '{path}.{name}' of shape {array.shape}; pass another --model")
+            state[name].copy_(_tensor(array))
+    if edits:
+        missing = sorted(set(adapter.edits) - set(modules))
+        if missing:
+            raise SiteError.unknown(missing, [n for n, m in modules.items() if hasattr(m, "weight")])
+        for path, edit in adapter.edits.items():
+            _hook(modules[path], edit)
+    return model
+
+
+def check_base(base: Base, adapter: Adapter, *, allow_mismatch: bool = False) -> str | None:
+    """``Adapter.check_base`` on the fingerprint of ``base`` without the modules that the adapter replaces."""
+    actual = base_fingerprint(base.model, without=list(adapter.modules))
+    return adapter.check_base(actual, allow_mismatch=allow_mismatch)
+
+
+def _hook(module: nn.Module, edit: Edit) -> None:
+    weight: Any = module.weight
+    channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    spatial = weight.dim() - 2 if channels_first else 0
+    lam = _vector(edit.lam, weight, spatial, add=1.0)
+    delta = _vector(edit.delta, weight, spatial)
+    low = _matrices(edit.input_low_rank, weight)
+    out = _matrices(edit.output_low_rank, weight)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        module_input[0] = x
+        changed = x if lam is None else x * lam
+        if low is not None:
+            changed = changed + _mix(x, low, channels_first)
+        if delta is not None:
+            changed = changed + delta
+        return (changed, *args[1:])
+
+    def after(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
+        x = module_input[0]
+        assert out is not None and x is not None
+        if channels_first and out[0].dim() > 2:
+            conv: Any = module
+            inner = conv._conv_forward(x, out[0], None)
+            return y + torch.einsum("or,br...->bo...", out[1], inner)
+        return y + _mix(x, out, channels_first)
+
+    module_input: list[torch.Tensor | None] = [None]
+    module.register_forward_pre_hook(before)
+    if out is not None:
+        module.register_forward_hook(after)
+
+
+def _mix(x: torch.Tensor, low: tuple[torch.Tensor, torch.Tensor], channels_first: bool) -> torch.Tensor:
+    """``B (A x)`` along the features of ``x``; B carries s."""
+    a, b = low
+    a = a.reshape(a.shape[0], -1)
+    if channels_first:
+        return torch.einsum("or,rk,bk...->bo...", b, a, x)
+    return (x @ a.T) @ b.T
+
+
+def _vector(array: Array | None, like: torch.Tensor, spatial: int, *, add: float = 0.0) -> torch.Tensor | None:
+    if array is None:
+        return None
+    vector = _tensor(array).to(like.dtype) + add
+    return vector.reshape(-1, *([1] * spatial))
+
+
+def _matrices(low: LowRank | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if low is None:
+        return None
+    return _tensor(low.a).to(like.dtype), low.s * _tensor(low.b).to(like.dtype)
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """float64 from any float array, bfloat16 included."""
+    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float64)))

@@ -1,0 +1,115 @@
+"""The truth of verify, held against the PEFT tuners and against PEFT's LoRA: two implementations of one formula."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from deployfa import LoRFAConfig, VeFAConfig
+from deployfa.adapter import Adapter, BaseReference
+from deployfa.edits import Edit
+from deployfa.errors import SiteError
+from deployfa.training.base import base_fingerprint
+from deployfa.training.capture import capture
+from deployfa.training.reference import attach
+
+CONFIGS = {
+    "vefa": lambda **k: VeFAConfig(**k),
+    "vefa-shift": lambda **k: VeFAConfig(**k, bias="shift"),
+    "lorfa": lambda **k: LoRFAConfig(**k, r=3, alpha=5),
+    "lorfa-shift": lambda **k: LoRFAConfig(**k, r=3, alpha=5, bias="shift"),
+    "lora": lambda **k: peft.LoraConfig(**k, r=3, lora_alpha=5),
+}
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config).eval().double()
+
+
+def _perturbed(model: nn.Module, method: str) -> peft.PeftModel:
+    config = CONFIGS[method](target_modules=["query", "value", "dense"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter), alpha=1.0)
+                assert "modules_to_save" in name or "vefa" in name or "lorfa" in name or "lora" in name
+    return adapted.eval().double()
+
+
+FEEDS = {
+    "input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_hooks_and_tuners_agree_in_float64(method: str) -> None:
+    base = _bert()
+    adapted = _perturbed(base, method)
+    adapter = capture(adapted)
+    with torch.inference_mode():
+        expected = adapted(**FEEDS).logits
+        found = attach(copy.deepcopy(base), adapter)(**FEEDS).logits
+        plain = base(**FEEDS).logits
+    # the adapter is kept in the dtype of training; both sides read the same numbers, so float64 rounding is all
+    assert (found - expected).norm() <= 64 * 2.0**-53 * expected.norm()
+    assert (plain - expected).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_wrong_tensor_is_seen(method: str) -> None:
+    base = _bert()
+    adapted = _perturbed(base, method)
+    adapter = capture(adapted)
+    site = next(iter(adapter.edits))
+    tensors = {name: array.copy() for name, array in adapter.edits[site].tensors().items()}
+    name = "lambda" if "lambda" in tensors else "B" if "B" in tensors else "out_B"
+    tensors[name][[0, 1]] = tensors[name][[1, 0]]
+    wrong = Adapter(adapter.method, {**adapter.edits, site: Edit.from_tensors(site, tensors)}, adapter.modules)
+    with torch.inference_mode():
+        expected = adapted(**FEEDS).logits
+        found = attach(copy.deepcopy(base), wrong)(**FEEDS).logits
+    assert (found - expected).norm() > 64 * 2.0**-53 * expected.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions(groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(6, 4, 1)).double()
+    edits = {"0": Edit(lam=np.linspace(-0.5, 0.5, 4), delta=np.linspace(0.1, 0.4, 4))}
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    scale, shift = (torch.tensor(a).reshape(4, 1, 1) for a in (1 + edits["0"].lam, edits["0"].delta))
+    with torch.inference_mode():
+        expected = model(x * scale + shift)
+        found = attach(copy.deepcopy(model), Adapter("vefa", edits))(x)
+    assert torch.equal(found, expected)
+
+
+def test_a_site_or_a_parameter_that_the_model_lacks_is_named() -> None:
+    with pytest.raises(SiteError, match=r"bert\.nowhere.*not found"):
+        attach(_bert(), Adapter("vefa", {"bert.nowhere": Edit(lam=np.ones(16))}))
+    with pytest.raises(SiteError, match=r"classifier\.weight.*shape \(5, 16\)"):
+        attach(_bert(), Adapter("vefa", {}, {"classifier": {"weight": np.ones((5, 16))}}))
+
+
+def test_the_fingerprint_looks_through_adapters_and_skips_the_head() -> None:
+    base = _bert()
+    plain = base_fingerprint(base, without=["classifier"])
+    for method in CONFIGS:
+        assert base_fingerprint(_perturbed(base, method), without=["classifier"]) == plain
+    with torch.no_grad():
+        base.bert.encoder.layer[0].output.dense.bias[0] += 1e-12
+    assert base_fingerprint(base, without=["classifier"]) != plain
+    assert BaseReference().fingerprint is None
