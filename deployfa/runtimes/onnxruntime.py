@@ -1,0 +1,219 @@
+"""``OnnxRuntimeRunner``: a graph in ONNX Runtime, on the provider that was asked for or not at all.
+
+Source: https://onnxruntime.ai/docs/api/python/api_summary.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deployfa.edits import Array
+from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.runtimes.runner import TensorSpec
+
+__all__ = ["OnnxRuntimeRunner", "check_feeds"]
+
+_NUMPY_NAMES = {"float": "float32", "double": "float64", "string": "str"}
+_ONNX_BFLOAT16 = 16
+
+
+class OnnxRuntimeRunner:
+    """One inference session.
+
+    model: a path, or the bytes of a graph whose weights are inside it.  provider: exactly this one, never another;
+    operators that it lacks may still run on the CPU, which is how ONNX Runtime defines every provider.  threads: of
+    one operator, ``None`` for ONNX Runtime's choice (one a physical core).  spinning: whether idle threads keep
+    polling, which answers sooner and burns a core.  optimize: ``False`` runs the graph exactly as it is written.
+
+    Raises ``InputError`` when there is no such file, ``MissingExtraError`` without onnxruntime, and
+    ``RuntimeTargetError`` when the graph does not load or the session did not get its provider.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes | str,
+        *,
+        provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+        spinning: bool = True,
+        optimize: bool = True,
+    ) -> None:
+        ort = _import_onnxruntime()
+        available = ort.get_available_providers()
+        if provider not in available:
+            raise RuntimeTargetError(
+                f"provider '{provider}' is not in this onnxruntime; available: {', '.join(available)}"
+            )
+        source: str | bytes = model if isinstance(model, bytes) else str(model)
+        if isinstance(source, str) and not Path(source).is_file():
+            raise InputError(f"no graph at '{source}'; pass an .onnx file")
+        shown = "the graph" if isinstance(source, bytes) else f"'{source}'"
+        options = _session_options(ort, threads=threads, spinning=spinning, optimize=optimize)
+        try:
+            session = ort.InferenceSession(source, sess_options=options, providers=[provider])
+        except Exception as error:  # its exceptions share no base class
+            raise RuntimeTargetError(
+                f"onnxruntime does not load {shown} ({_first_line(error)}); export it again or pick another provider"
+            ) from error
+        got = session.get_providers()
+        if not got or got[0] != provider:
+            raise RuntimeTargetError(
+                f"asked for {provider}, but the session of {shown} runs on {', '.join(got) or 'nothing'}; "
+                "install what that provider needs, or ask for the one it got"
+            )
+        session.disable_fallback()
+        self.session = session
+        self.provider = provider
+        self._inputs = tuple(_spec(node) for node in session.get_inputs())
+        self._outputs = tuple(_spec(node) for node in session.get_outputs())
+        self._slots = tuple(_spec(node) for node in session.get_overridable_initializers())
+        known = (*self._inputs, *self._outputs, *self._slots)
+        self._has_bfloat16 = any(spec.dtype == "bfloat16" for spec in known)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` must be fed."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @property
+    def slots(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` may be fed besides: graph inputs with a default."""
+        return self._slots
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """One inference: every input, and any slots, by name → every output by name.
+
+        Raises ``RuntimeTargetError`` on a missing, extra or misshapen feed before the runtime is touched, and with the
+        runtime's own words when the run itself fails.
+        """
+        check_feeds(feeds, self._inputs, optional=self._slots)
+        try:
+            if self._has_bfloat16:
+                return self._run_values(feeds)
+            results = self.session.run(None, dict(feeds))
+        except Exception as error:
+            raise RuntimeTargetError(
+                f"onnxruntime failed while running ({_first_line(error)}); check the values fed"
+            ) from error
+        return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
+
+    def _run_values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The way for bfloat16, which numpy does not know: its bits travel as uint16 and are given their type here."""
+        ort = _import_onnxruntime()
+        values = {}
+        for name, array in feeds.items():
+            if array.dtype.name == "bfloat16":
+                bits = np.ascontiguousarray(array).view(np.uint16)
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+            else:
+                values[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        results = self.session.run_with_ort_values(None, values)
+        return {
+            spec.name: _bfloat16_array(value) if spec.dtype == "bfloat16" else value.numpy()
+            for spec, value in zip(self._outputs, results, strict=True)
+        }
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("onnxruntime", "cpu", "running a graph") from error
+    return onnxruntime
+
+
+def _session_options(ort: Any, *, threads: int | None, spinning: bool, optimize: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads is {threads}; pass 1 or more")
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _spec(node: Any) -> TensorSpec:
+    """``tensor(float)`` → ``float32``; a dimension without a name gets ``INPUT_AXIS``."""
+    kind = str(node.type)
+    if not kind.startswith("tensor("):
+        raise RuntimeTargetError(f"'{node.name}' is a {kind}; only graphs of plain tensors can be run")
+    element = kind.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(
+        size if isinstance(size, int | str) else f"{node.name}_{axis}" for axis, size in enumerate(node.shape)
+    )
+    return TensorSpec(node.name, _NUMPY_NAMES.get(element, element), shape)
+
+
+def _bfloat16_array(value: Any) -> Array:
+    """A copy of a bfloat16 OrtValue in CPU memory, whose own ``numpy()`` refuses the type."""
+    import ctypes
+
+    import ml_dtypes
+
+    shape = tuple(value.shape())
+    content = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
+    array: Array = np.frombuffer(content, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(shape).copy()
+    return array
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def check_feeds(
+    feeds: Mapping[str, Array], inputs: Sequence[TensorSpec], *, optional: Sequence[TensorSpec] = ()
+) -> None:
+    """Raise ``RuntimeTargetError`` unless ``feeds`` has every input, nothing unknown, and each fits its spec.
+
+    A dimension that bears the same name in two inputs must have the same size in both.
+    """
+    missing = [spec.name for spec in inputs if spec.name not in feeds]
+    if missing:
+        wanted = ", ".join(spec.name for spec in inputs)
+        raise RuntimeTargetError(f"input '{missing[0]}' is missing; feed all of: {wanted}")
+    known = {spec.name: spec for spec in (*inputs, *optional)}
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, array in feeds.items():
+        spec = known.get(name)
+        if spec is None:
+            raise RuntimeTargetError(f"'{name}' is not an input of this graph; its inputs: {', '.join(known)}")
+        if not isinstance(array, np.ndarray):
+            raise RuntimeTargetError(f"input '{name}' is a {type(array).__name__}; feed a numpy array")
+        _check_one(spec, array, sizes)
+
+
+def _check_one(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
+    name = spec.name
+    if array.dtype.name != spec.dtype and not (spec.dtype == "str" and array.dtype.kind in "OUS"):
+        raise RuntimeTargetError(f"input '{name}' is {array.dtype.name}; feed {spec.dtype}")
+    if array.ndim != len(spec.shape):
+        raise RuntimeTargetError(f"input '{name}' has shape {list(array.shape)}; feed {_shown(spec)}")
+    for size, want in zip(array.shape, spec.shape, strict=True):
+        if isinstance(want, int):
+            if size != want:
+                raise RuntimeTargetError(f"input '{name}' has shape {list(array.shape)}; feed {_shown(spec)}")
+            continue
+        first, owner = sizes.setdefault(want, (size, name))
+        if first != size:
+            raise RuntimeTargetError(
+                f"input '{name}' has {want} {size}, but input '{owner}' has {first}; make them the same"
+            )
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"[{', '.join(str(size) for size in spec.shape)}]"
