@@ -1,0 +1,102 @@
+"""Read a bundle, trusting nothing that its manifest does not vouch for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deployfa.atomic import write_file
+from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest
+from deployfa.errors import BundleError
+
+__all__ = ["Bundle", "sha256_file", "versions", "write_manifest"]
+
+_PACKAGES = ("deployfa", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers", "peft")
+
+
+class Bundle:
+    """An opened bundle.  ``Bundle.open`` checks it; the attributes are paths and the manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, check_files: bool = True) -> Bundle:
+        """Open the bundle at ``path``.
+
+        Raises ``BundleError`` if it is not one, or if a file is missing, changed, or lies outside the directory.
+        """
+        path = Path(path)
+        file = path / MANIFEST
+        if not file.is_file():
+            raise BundleError(f"'{path}' is not a bundle (no {MANIFEST}); make one with: deployfa export --adapter ...")
+        try:
+            manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise BundleError(f"'{file}' is broken ({error}); export the bundle again") from error
+        if manifest.format != FORMAT:
+            raise BundleError(f"'{path}' has format {manifest.format}, this deployfa reads {FORMAT}; export it again")
+        bundle = cls(path, manifest)
+        for name, digest in manifest.files.items():
+            bundle._check(name, digest if check_files else None)
+        return bundle
+
+    def _check(self, name: str, digest: str | None) -> None:
+        file = (self.path / name).resolve()
+        if not file.is_relative_to(self.path.resolve()):
+            raise BundleError(f"'{self.path}': the manifest names '{name}', which lies outside the bundle; refused")
+        if not file.is_file():
+            raise BundleError(f"'{self.path}' lacks '{name}'; copy the whole directory again")
+        if digest is not None and sha256_file(file) != digest:
+            raise BundleError(f"'{self.path}/{name}' is not the file that was exported (sha256 differs); copy it again")
+
+    @property
+    def graph(self) -> Path:
+        return self.path / self.manifest.graph.file
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter.safetensors"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / self.manifest.reference.file
+
+    def record(self, *, parity: dict[str, Any] | None = None, bench: dict[str, Any] | None = None) -> None:
+        """Put a summary into the manifest, atomically; the other one stays."""
+        changes: dict[str, Any] = {}
+        if parity is not None:
+            changes["parity"] = parity
+        if bench is not None:
+            changes["bench"] = bench
+        self.manifest = msgspec.structs.replace(self.manifest, **changes)
+        write_manifest(self.path, self.manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``folder``, atomically."""
+    with write_file(folder / MANIFEST, force=True) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest, order="deterministic")))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shapes a bundle, read without importing any of it."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

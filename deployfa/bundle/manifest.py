@@ -1,0 +1,112 @@
+"""``manifest.json``: what a bundle holds and where it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from deployfa.adapter import BaseReference
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "AdapterSummary",
+    "Candidate",
+    "GraphSummary",
+    "Manifest",
+    "Optimization",
+    "Preprocessing",
+    "Reference",
+    "Tensor",
+]
+
+FORMAT = "deployfa-bundle/1"
+MANIFEST = "manifest.json"
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """An input or output of the graph; a dynamic dimension is its name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph file and its signature."""
+
+    file: str
+    opset: int
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    bytes: int
+
+
+class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter that was placed; the whole of it lies beside in ``adapter.safetensors``."""
+
+    method: str
+    sites: int
+    parameters: int
+    module_parameters: int
+    training: dict[str, Any]
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to fuse the graph: its median latency per shape, or why it was not taken."""
+
+    name: str
+    median_ms: dict[str, float] = {}
+    error: float | None = None
+    refused: str | None = None
+
+
+class Optimization(msgspec.Struct, frozen=True, kw_only=True):
+    """Which fusion was chosen and what else was tried."""
+
+    asked: str
+    chosen: str
+    shapes: list[str]
+    threads: int
+    tried: list[Candidate]
+
+
+class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
+    """How raw input becomes feeds."""
+
+    kind: str
+    max_length: int
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """What the stored reference outputs are, and the noise they are judged by.
+
+    ``noise`` is the normwise relative error of float32 against float64 in the same model on the same inputs.
+    """
+
+    file: str
+    kind: str
+    rows: int
+    noise: float
+    noise_max_abs: float
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Format version, fingerprints, plan, signature, versions, sha256 of every file, and the summaries once run."""
+
+    format: str
+    target: str
+    base: BaseReference
+    adapter: AdapterSummary
+    plan: dict[str, Any]
+    graph: GraphSummary
+    optimization: Optimization
+    preprocessing: Preprocessing
+    reference: Reference
+    labels: list[str]
+    versions: dict[str, str]
+    files: dict[str, str]
+    warnings: list[str] = []
+    parity: dict[str, Any] | None = None
+    bench: dict[str, Any] | None = None

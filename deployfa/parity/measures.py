@@ -1,0 +1,70 @@
+"""Error against what: every figure here names its denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from deployfa.edits import Array
+from deployfa.metrics import Labels, mcnemar_exact, score
+from deployfa.parity.report import Stage
+
+__all__ = ["LIMIT", "measure", "normwise"]
+
+#: A stage passes when its error is at most this many times the model's own float32-versus-float64 noise.
+LIMIT = 2.0
+
+
+def normwise(found: Array, truth: Array) -> float:
+    """``‖found - truth‖ / ‖truth‖`` (Frobenius); NaN stays NaN."""
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+
+def measure(
+    name: str,
+    outputs: Sequence[Array],
+    truths: Sequence[Array],
+    bases: Sequence[Array],
+    *,
+    noise: float,
+    noise_max_abs: float,
+    data: npt.NDArray[np.bool_] | None = None,
+    labels: Labels | None = None,
+    truth_right: npt.NDArray[np.bool_] | None = None,
+) -> Stage:
+    """Hold one stage's ``outputs``, a list of (batch, labels), against the truth.
+
+    NaN or infinity never passes.  A label flip counts as outside the noise when the truth's margin between its two best
+    labels is above what two logits, each wrong by ``LIMIT`` times the noise, can close.  ``data`` marks the rows that
+    ``labels`` belong to, in order.
+    """
+    found, truth, base = (np.concatenate([a.astype(np.float64) for a in arrays]) for arrays in (outputs, truths, bases))
+    finite = bool(np.isfinite(found).all())
+    difference = float(np.linalg.norm(found - truth)) if finite else None
+    effect = float(np.linalg.norm(truth - base))
+    error = difference / float(np.linalg.norm(truth)) if difference is not None else None
+    predicted, wanted = found.argmax(-1), truth.argmax(-1)
+    flipped = predicted != wanted
+    best = np.sort(truth, axis=-1)
+    margin = best[:, -1] - best[:, -2] if truth.shape[-1] > 1 else np.full(len(truth), np.inf)
+    outside = flipped & (margin > 2 * LIMIT * noise_max_abs)
+    accuracy = p_value = None
+    if labels is not None and data is not None and truth_right is not None:
+        right = predicted[data] == labels
+        accuracy = score(predicted[data].astype(np.int64), labels).accuracy
+        p_value = mcnemar_exact(int((right & ~truth_right).sum()), int((~right & truth_right).sum()))
+    return Stage(
+        name=name,
+        error=error,
+        noise_ratio=error / noise if error is not None and noise > 0 else None,
+        max_abs=float(np.abs(found - truth).max()) if finite else None,
+        effect_error=difference / effect if difference is not None and effect > 0 else None,
+        finite=finite,
+        flips=int(flipped.sum()),
+        flips_outside_noise=int(outside.sum()),
+        accuracy=accuracy,
+        mcnemar_p=p_value,
+        passed=error is not None and error <= LIMIT * noise and not bool(outside.any()),
+    )

@@ -1,0 +1,59 @@
+"""What ``verify`` found; the schema of its ``--json``."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["ParityReport", "Stage"]
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One way of running the adapted model, against the truth.
+
+    ``error`` is normwise, ``‖y - truth‖ / ‖truth‖`` over all logits of all rows; ``noise_ratio`` is it over the noise;
+    ``effect_error`` is ``‖y - truth‖ / ‖truth - base‖``, the error in units of what the adapter does.  ``flips`` counts
+    rows whose label differs from the truth's, ``flips_outside_noise`` those whose margin noise cannot explain.  Errors
+    are ``None`` when the output holds NaN or infinity (``finite`` is then false): JSON has no word for them.
+    """
+
+    name: str
+    error: float | None
+    noise_ratio: float | None
+    max_abs: float | None
+    effect_error: float | None
+    finite: bool
+    flips: int
+    flips_outside_noise: int
+    accuracy: float | None = None
+    mcnemar_p: float | None = None
+    passed: bool
+
+
+class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The stages, the truth they were held against, and the verdict."""
+
+    bundle: str
+    truth: str
+    rows: int
+    tokens_longest: int
+    noise: float
+    noise_max_abs: float
+    limit: float
+    effect: float
+    truth_accuracy: float | None
+    stages: list[Stage]
+    passed: bool
+    reason: str
+
+    def summary(self) -> dict[str, object]:
+        """The part that goes into the bundle's manifest."""
+        deployed = self.stages[-1]
+        return {
+            "passed": self.passed,
+            "truth": self.truth,
+            "rows": self.rows,
+            "error": deployed.error,
+            "noise_ratio": deployed.noise_ratio,
+            "flips": deployed.flips,
+            "reason": self.reason,
+        }

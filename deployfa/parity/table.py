@@ -1,0 +1,44 @@
+"""A parity report as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deployfa.parity.report import ParityReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["render"]
+
+
+def render(report: ParityReport) -> list[RenderableType]:
+    """One row per stage, then the verdict in one line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Parity of '{report.bundle}' against {report.truth}, {report.rows} rows")
+    table.add_column("stage")
+    columns = ["error / ‖truth‖", "error / noise", "max abs error (logits)", "error / adapter's effect", "label flips"]
+    with_accuracy = any(stage.accuracy is not None for stage in report.stages)
+    for column in [*columns, *(["accuracy (%)", "McNemar p"] if with_accuracy else [])]:
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for stage in report.stages:
+        effect = f"{stage.effect_error:.1e}" if stage.effect_error is not None else "–"
+        error, ratio, largest = (
+            "∞" if value is None else format(value, form)
+            for value, form in ((stage.error, ".2e"), (stage.noise_ratio, ".2f"), (stage.max_abs, ".1e"))
+        )
+        figures = [error, ratio, largest, effect, str(stage.flips)]
+        if with_accuracy and stage.accuracy is not None and stage.mcnemar_p is not None:
+            figures += [f"{100 * stage.accuracy:.2f}", f"{stage.mcnemar_p:.2f}"]
+        table.add_row(stage.name, *figures, "pass" if stage.passed else "FAIL")
+    noise = (
+        f"noise (float32 against float64, same model, same rows): {report.noise:.2e} of ‖truth‖; "
+        f"the adapter's own effect: {report.effect:.2f} of ‖truth‖; longest row {report.tokens_longest} tokens"
+    )
+    if report.truth_accuracy is not None:
+        noise += f"; accuracy of the truth {100 * report.truth_accuracy:.2f} %"
+    verdict = Text(f"{'PASS' if report.passed else 'FAIL'}: {report.reason}", style="green" if report.passed else "red")
+    return [table, noise, verdict]

@@ -1,0 +1,137 @@
+"""Where the truth comes from: PyTorch in float64 when it is here, the unfolded graph in float64 when it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from deployfa.adapter import Adapter
+from deployfa.edits import Array
+from deployfa.errors import DataError
+from deployfa.graph.evaluate import evaluate
+from deployfa.graph.plan import make_plan
+from deployfa.graph.rewrite import apply_adapter
+from deployfa.graph.storage import save_graph
+from deployfa.parity.cases import Case
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["GRAPH_TRUTH", "TORCH_TRUTH", "Noise", "graph_truth", "run_graph", "torch_truth", "without_edits"]
+
+TORCH_TRUTH = "PyTorch float64, adapter unfolded"
+GRAPH_TRUTH = "base graph float64, adapter as side ops"
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """float32 against float64 in the same model on the same inputs: normwise relative, and the largest logit error.
+
+    ``float32`` are the answers it was measured on, per case; empty when it was read from a bundle.
+    """
+
+    relative: float
+    max_abs: float
+    float32: tuple[Array, ...]
+
+    @classmethod
+    def between(cls, float32: Sequence[Array], float64: Sequence[Array]) -> Noise:
+        single, double = np.concatenate(list(float32)).astype(np.float64), np.concatenate(list(float64))
+        difference = np.abs(single - double)
+        return cls(float(np.linalg.norm(difference) / np.linalg.norm(double)), float(difference.max()), tuple(float32))
+
+    def silent(self, cases: Sequence[Case]) -> bool:
+        """Whether the adapted model answered, bit for bit, what its base did: both ran in float32 by the same code."""
+        pairs = zip(self.float32, cases, strict=False)
+        return bool(self.float32) and all(
+            np.array_equal(found, case.base) for found, case in pairs if case.base is not None
+        )
+
+
+def without_edits(adapter: Adapter) -> Adapter:
+    """The adapter's replaced modules alone: what its edits are measured against."""
+    return dataclasses.replace(adapter, edits={})
+
+
+def graph_truth(base: ir.Model, adapter: Adapter, cases: Sequence[Case]) -> tuple[list[Case], Noise]:
+    """Truth without torch: every edit as a side op on the base graph, evaluated in float64 by numpy.
+
+    Independent of every fold and fusion; the base graph itself was held against PyTorch when it was exported.  The
+    noise is that of ONNX Runtime on the same unfolded graph with its optimisations off.
+    """
+    output = base.graph.outputs[0].name or ""
+    feeds = [case.feeds for case in cases]
+    unfolded = apply_adapter(base, adapter, make_plan(base, adapter, placement="side-op"))
+    plain = without_edits(adapter)
+    headed = apply_adapter(base, plain, make_plan(base, plain))
+    double = [outputs[output] for outputs in evaluate(unfolded, feeds)]
+    with tempfile.TemporaryDirectory(prefix="deployfa-truth-") as scratch:
+        single = run_graph(_saved(unfolded, Path(scratch) / "unfolded"), cases, optimize=False)
+        bases = run_graph(_saved(headed, Path(scratch) / "base"), cases, optimize=False)
+    return _with_truth(cases, double, bases), Noise.between(single, double)
+
+
+def run_graph(graph: Path, cases: Sequence[Case], *, optimize: bool = True, threads: int | None = None) -> list[Array]:
+    """The first output of ``graph`` in ONNX Runtime for every case."""
+    runner = OnnxRuntimeRunner(graph, optimize=optimize, threads=threads, spinning=False)
+    wanted = [spec.name for spec in runner.inputs]
+    missing = sorted(set(wanted) - set(cases[0].feeds)) if cases else []
+    if missing:
+        raise DataError(f"the graph wants input '{missing[0]}', which text does not give; use verify on a text model")
+    name = runner.outputs[0].name
+    return [runner.run({key: case.feeds[key] for key in wanted})[name] for case in cases]
+
+
+def _saved(model: ir.Model, folder: Path) -> Path:
+    folder.mkdir()
+    return save_graph(model, folder)
+
+
+def torch_truth(
+    model: str | Path, adapter: Adapter, cases: Sequence[Case], *, allow_mismatch: bool = False
+) -> tuple[list[Case], Noise, str | None]:
+    """Truth from PyTorch, and a warning if the base could not be checked.
+
+    Raises ``BaseMismatchError`` if ``model`` is not the adapter's base.
+    """
+    import torch
+
+    from deployfa.training.base import load_base
+    from deployfa.training.reference import check_base, load_adapted
+
+    base = load_base(model, adapter.base.task, labels=adapter.labels or ("LABEL_0", "LABEL_1"))
+    warning = check_base(base, adapter, allow_mismatch=allow_mismatch)
+    double = _run(load_adapted(base, adapter, dtype=torch.float64), cases)
+    bases = _run(load_adapted(base, adapter, dtype=torch.float32, edits=False), cases)
+    single = _run(load_adapted(base, adapter, dtype=torch.float32), cases)
+    return _with_truth(cases, double, bases), Noise.between(single, double), warning
+
+
+def _run(model: nn.Module, cases: Sequence[Case]) -> list[Array]:
+    import inspect
+
+    import torch
+
+    accepted = set(inspect.signature(model.forward).parameters)
+    answers: list[Array] = []
+    with torch.inference_mode():
+        for case in cases:
+            feeds: Mapping[str, Any] = {
+                n: torch.from_numpy(np.array(a)) for n, a in case.feeds.items() if n in accepted
+            }
+            answers.append(model(**feeds).logits.numpy())
+    return answers
+
+
+def _with_truth(cases: Sequence[Case], truths: Sequence[Array], bases: Sequence[Array]) -> list[Case]:
+    return [
+        dataclasses.replace(case, truth=truth, base=base)
+        for case, truth, base in zip(cases, truths, bases, strict=True)
+    ]

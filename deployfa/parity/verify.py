@@ -1,0 +1,128 @@
+"""Prove a bundle equal to the PyTorch model, or say by how much it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from deployfa.adapter import Adapter
+from deployfa.bundle import Bundle
+from deployfa.data import Row, label_ids
+from deployfa.edits import Array
+from deployfa.errors import InputError, MissingExtraError
+from deployfa.metrics import Labels
+from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
+from deployfa.parity.measures import LIMIT, measure
+from deployfa.parity.report import ParityReport, Stage
+from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
+from deployfa.preprocess import TextPreprocessor
+
+__all__ = ["verify"]
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    rows: Sequence[Row] | None = None,
+    model: str | Path | None = None,
+    use_torch: bool | None = None,
+    status: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Hold ``bundle`` against PyTorch (float64, adapter unfolded), or without torch against its stored reference.
+
+    ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
+    be found.  Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used.
+    """
+    say = status or (lambda _: None)
+    manifest = bundle.manifest
+    name = str(model or manifest.base.name)
+    if use_torch is None:
+        use_torch = find_spec("torch") is not None and (model is not None or Path(name).is_dir())
+    if not use_torch:
+        if rows is not None:
+            raise InputError("rows of your own need PyTorch to know the truth; leave --data out, or pass --model DIR")
+        say("comparing with the reference stored in the bundle")
+        cases = read_cases(bundle.reference)
+        noise = Noise(manifest.reference.noise, manifest.reference.noise_max_abs, ())
+        return _report(bundle, cases, noise, manifest.reference.kind, None, [])
+    if find_spec("torch") is None:
+        raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
+    if not name:
+        raise InputError("the bundle names no base model; pass its directory with --model, or --no-torch")
+    preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
+    cases = text_cases(preprocessor, [row.text for row in rows] if rows else SENTENCES)
+    say(f"computing the truth in PyTorch float64 ({sum(len(c.feeds['input_ids']) for c in cases)} rows)")
+    cases, noise, _warning = torch_truth(
+        name, Adapter.load(bundle.adapter), cases, allow_mismatch=bool(manifest.warnings)
+    )
+    labels = None
+    if rows and all(row.label is not None for row in rows):
+        labels = np.array(label_ids(rows, manifest.labels), dtype=np.int64)
+    return _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))])
+
+
+def _report(
+    bundle: Bundle,
+    cases: Sequence[Case],
+    noise: Noise,
+    truth_name: str,
+    labels: Labels | None,
+    before: list[tuple[str, list[Array]]],
+) -> ParityReport:
+    truths = [case.truth for case in cases if case.truth is not None]
+    bases = [case.base for case in cases if case.base is not None]
+    data = np.concatenate([np.full(len(t), case.rows is not None) for case, t in zip(cases, truths, strict=True)])
+    order = np.concatenate([np.array(case.rows, dtype=np.int64) for case in cases if case.rows] or [np.array([], int)])
+    sorted_labels = labels[order] if labels is not None else None
+    right = None
+    if sorted_labels is not None:
+        right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
+    outputs = [
+        *before,
+        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False)),
+        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases)),
+    ]
+    stages = [
+        measure(
+            name, found, truths, bases,
+            noise=noise.relative, noise_max_abs=noise.max_abs, data=data, labels=sorted_labels, truth_right=right,
+        )
+        for name, found in outputs
+    ]  # fmt: skip
+    truth, base = np.concatenate(truths), np.concatenate(bases)
+    effect = float(np.linalg.norm(truth - base) / np.linalg.norm(truth))
+    trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())
+    passed, reason = _verdict(stages, noise, silent=trained and noise.silent(cases))
+    return ParityReport(
+        bundle=str(bundle.path),
+        truth=truth_name,
+        rows=len(truth),
+        tokens_longest=max(int(case.feeds["attention_mask"].sum(-1).max()) for case in cases),
+        noise=noise.relative,
+        noise_max_abs=noise.max_abs,
+        limit=LIMIT,
+        effect=effect,
+        truth_accuracy=float(right.mean()) if right is not None else None,
+        stages=stages,
+        passed=passed,
+        reason=reason,
+    )
+
+
+def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bool, str]:
+    if silent:
+        return False, "the adapter is trained but changes nothing: a silent no-op"
+    if not (np.isfinite(noise.relative) and noise.relative > 0):
+        return False, "the model's own float32 noise could not be measured: NaN, infinity or zero"
+    for stage in stages:
+        if not stage.finite:
+            return False, f"{stage.name}: NaN or infinity in the output"
+        if stage.flips_outside_noise:
+            return False, f"{stage.name}: {stage.flips_outside_noise} label flips that noise does not explain"
+        if not stage.passed:
+            times = stage.noise_ratio or float("inf")
+            return False, f"{stage.name}: error is {times:.1f}x the float32 noise, the limit is {LIMIT:g}x"
+    return True, f"every stage is within {LIMIT:g}x the model's own float32 noise"
