@@ -1,1 +1,101 @@
-"""deployfa: train, fold, verify, time and run feature-space adapters (VeFA, LoRFA)."""
+"""deployfa: train, fold, verify, time and run feature-space adapters (VeFA, LoRFA).
+
+Everything public is importable from here; each name is loaded when it is first used, so ``import deployfa`` needs
+neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deployfa.adapter import Adapter, BaseReference
+    from deployfa.bench import BenchReport, Contender, Shape
+    from deployfa.bundle import Bundle, Manifest
+    from deployfa.edits import Edit, LowRank
+    from deployfa.errors import DeployfaError
+    from deployfa.graph import Plan, apply_adapter, make_plan
+    from deployfa.parity import ParityReport
+    from deployfa.pipeline import export, plan_adapter
+    from deployfa.predict import Answer, Predictor
+    from deployfa.train import TrainReport
+    from deployfa.training.capture import capture
+    from deployfa.training.tuners import LoRFAConfig, VeFAConfig
+
+_HOMES = {
+    "Adapter": "adapter",
+    "Answer": "predict",
+    "BaseReference": "adapter",
+    "BenchReport": "bench",
+    "Bundle": "bundle",
+    "Contender": "bench",
+    "DeployfaError": "errors",
+    "Edit": "edits",
+    "LoRFAConfig": "training.tuners",
+    "LowRank": "edits",
+    "Manifest": "bundle",
+    "ParityReport": "parity",
+    "Plan": "graph",
+    "Predictor": "predict",
+    "Shape": "bench",
+    "TrainReport": "train",
+    "VeFAConfig": "training.tuners",
+    "apply_adapter": "graph",
+    "capture": "training.capture",
+    "export": "pipeline",
+    "make_plan": "graph",
+    "plan_adapter": "pipeline",
+}
+
+__all__ = [
+    "Adapter",
+    "Answer",
+    "BaseReference",
+    "BenchReport",
+    "Bundle",
+    "Contender",
+    "DeployfaError",
+    "Edit",
+    "LoRFAConfig",
+    "LowRank",
+    "Manifest",
+    "ParityReport",
+    "Plan",
+    "Predictor",
+    "Shape",
+    "TrainReport",
+    "VeFAConfig",
+    "__version__",
+    "apply_adapter",
+    "capture",
+    "export",
+    "make_plan",
+    "plan_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("deployfa")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'deployfa' has no attribute '{name}'")
+    if home.startswith("training"):
+        _require_torch(name)
+    return getattr(importlib.import_module(f"deployfa.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _require_torch(name: str) -> None:
+    from importlib.util import find_spec
+
+    from deployfa.errors import MissingExtraError
+
+    for package in ("torch", "transformers", "peft"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "train", f"deployfa.{name}")

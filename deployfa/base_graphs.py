@@ -1,0 +1,211 @@
+"""The base graph of a base model: exported once, kept in the cache under the base's fingerprint.
+
+PyTorch runs only when the cache has no graph for that base.  An entry is a folder with ``model.onnx`` (+ weights), the
+tokenizer files, and ``base.json``, which says what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+from filelock import FileLock
+
+from deployfa.adapter import Adapter
+from deployfa.atomic import write_directory
+from deployfa.bundle.bundle import sha256_file, versions
+from deployfa.cache import cache_dir
+from deployfa.edits import Array
+from deployfa.errors import ExportError, InputError, MissingExtraError
+from deployfa.graph.evaluate import evaluate
+from deployfa.graph.storage import GRAPH, load_graph, save_graph
+from deployfa.preprocess import TOKENIZER_FILES
+
+__all__ = ["BaseGraph", "base_graph", "copy_tokenizer"]
+
+#: Raised when the export changes what it writes, so that older entries are made again.
+_REVISION = 1
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+
+
+class _Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """``base.json``."""
+
+    fingerprint: str
+    architecture: str
+    sources: dict[str, str]
+    max_length: int
+    versions: dict[str, str]
+    export_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class BaseGraph:
+    """A cached base graph.  ``made_now`` says whether PyTorch had to run for it."""
+
+    folder: Path
+    entry: _Entry
+    warnings: tuple[str, ...]
+    made_now: bool
+
+    def load(self) -> ir.Model:
+        return load_graph(self.folder / GRAPH)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.entry.fingerprint
+
+    @property
+    def architecture(self) -> str:
+        return self.entry.architecture
+
+    @property
+    def max_length(self) -> int:
+        return self.entry.max_length
+
+    @property
+    def export_error(self) -> float:
+        """Normwise relative error of the graph against PyTorch, both in float64, on the sample inputs."""
+        return self.entry.export_error
+
+
+def base_graph(
+    adapter: Adapter,
+    *,
+    model: str | Path | None = None,
+    allow_mismatch: bool = False,
+    status: Callable[[str], None] | None = None,
+) -> BaseGraph:
+    """The base graph that ``adapter`` belongs on.
+
+    ``model`` (a directory or hub id) defaults to the one that the adapter names.  Its weights are compared with the
+    adapter's fingerprint: by file hash when the cache knows the files, else by loading them.  Raises
+    ``BaseMismatchError`` on another base unless ``allow_mismatch``.
+    """
+    source = Path(model) if model is not None else None
+    if (
+        source is not None
+        and not source.exists()
+        and source.parts
+        and (source.is_absolute() or source.parts[0] in "./..")
+    ):
+        raise InputError(f"no model at '{source}'; pass its directory or hub id with --model")
+    cached = _cached(adapter, source)
+    if cached is not None:
+        return cached
+    name = str(model or adapter.base.name)
+    if not name:
+        raise InputError("the adapter names no base model; pass its directory or hub id with --model")
+    if status:
+        status("exporting the base model (once; the next adapter on it skips this)")
+    return _export(adapter, name, allow_mismatch)
+
+
+def _cached(adapter: Adapter, source: Path | None) -> BaseGraph | None:
+    if adapter.base.fingerprint is None:
+        return None
+    folder = _folder(adapter, adapter.base.fingerprint)
+    entry = _read(folder)
+    if entry is None:
+        return None
+    if source is not None and _sources(source) != entry.sources:
+        return None
+    return BaseGraph(folder, entry, (), made_now=False)
+
+
+def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
+    try:
+        from deployfa.training.base import base_fingerprint, load_base
+    except ModuleNotFoundError as error:
+        purpose = "exporting a base model that is not in the cache"
+        raise MissingExtraError(error.name or "torch", "train", purpose) from error
+
+    base = load_base(name, adapter.base.task, labels=adapter.labels or ("LABEL_0", "LABEL_1"))
+    fingerprint = base_fingerprint(base.model, without=list(adapter.modules))
+    warning = adapter.check_base(fingerprint, allow_mismatch=allow_mismatch)
+    warnings = (warning,) if warning else ()
+    folder = _folder(adapter, fingerprint)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        entry = _read(folder)
+        if entry is not None:
+            return BaseGraph(folder, entry, warnings, made_now=False)
+        from deployfa.training.base_graph import export_base_graph, probe
+        from deployfa.training.tokenizer import save_tokenizer
+
+        graph = export_base_graph(base)
+        export_error = _check(graph, *probe(base))
+        with write_directory(folder, force=True) as partial:
+            save_graph(graph, partial)
+            save_tokenizer(name, partial)
+            entry = _Entry(
+                fingerprint=fingerprint,
+                architecture=base.architecture,
+                sources=_sources(Path(name)),
+                max_length=base.max_length,
+                versions=versions(),
+                export_error=export_error,
+            )
+            (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))
+    return BaseGraph(folder, entry, warnings, made_now=True)
+
+
+def _check(graph: ir.Model, feeds: dict[str, Array], truth: Array, single: Array) -> float:
+    """``‖graph - PyTorch‖ / ‖PyTorch‖``, both in float64.
+
+    What is left in float64 is the rounding of the constants that the exporter folded in float32.  That is less than the
+    rounding of a whole float32 run (``single``), so an error above that noise is a wrong graph: ``ExportError``.
+    """
+    (found,) = evaluate(graph, [feeds])
+    scale = np.linalg.norm(truth)
+    error, noise = (float(np.linalg.norm(answer - truth) / scale) for answer in (found["logits"], single))
+    if not error <= noise:
+        raise ExportError(
+            f"the exported base graph differs from PyTorch by {error:.1e}, above float32 noise ({noise:.1e}); "
+            "try other versions of torch and transformers"
+        )
+    return error
+
+
+def _folder(adapter: Adapter, fingerprint: str) -> Path:
+    """One entry per base, task and shape of the replaced modules (another number of labels is another graph)."""
+    shapes = {f"{path}.{n}": a.shape for path, module in adapter.modules.items() for n, a in module.items()}
+    key = json.dumps([_REVISION, fingerprint, adapter.base.task, sorted(shapes.items()), len(adapter.labels)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_dir() / "base-graphs" / f"{fingerprint.removeprefix('sha256:')[:12]}-{digest}"
+
+
+def _read(folder: Path) -> _Entry | None:
+    file = folder / "base.json"
+    if not file.is_file():
+        return None
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_Entry)
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        # written by another version, or damaged: made again
+        return None
+
+
+def _sources(model: Path) -> dict[str, str]:
+    """sha256 of the files that decide what a model directory computes; empty for a hub id."""
+    if not model.is_dir():
+        return {}
+    files = sorted({file for pattern in _WEIGHTS for file in model.glob(pattern)})
+    return {file.name: sha256_file(file) for file in files}
+
+
+def copy_tokenizer(base: BaseGraph, folder: Path) -> None:
+    """Put the tokenizer files of ``base`` into ``folder``."""
+    for name in TOKENIZER_FILES:
+        file = base.folder / name
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        raise ExportError(f"the base model has no {TOKENIZER_FILES[0]}; save its fast tokenizer beside the weights")

@@ -1,0 +1,72 @@
+"""Turn what a person names on the command line into bench contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deployfa.bench import BenchReport, Contender
+from deployfa.bundle import Bundle
+from deployfa.errors import InputError
+from deployfa.pipeline import fused_base
+
+__all__ = ["collect", "summaries"]
+
+
+def collect(
+    paths: Sequence[Path], against: Sequence[str], scratch: Path, *, model: str | None = None
+) -> tuple[list[Bundle], list[Contender]]:
+    """What to time: first what ``against`` names (``base``, ``torch``, or a graph file), then the bundles.
+
+    ``base`` is the first bundle's base graph with the same head and fusion, written to ``scratch``.
+    """
+    bundles = [Bundle.open(path) for path in paths]
+    first = bundles[0]
+    contenders = []
+    for name in against:
+        if name == "base":
+            contenders.append(Contender(label="base", graph=fused_base(first, scratch, model=model)))
+        elif name == "torch":
+            base = model or first.manifest.base.name
+            contenders.append(Contender(label="torch", kind="torch", adapter=first.adapter, model=base))
+        elif name.endswith(".onnx"):
+            contenders.append(Contender(label=Path(name).stem, graph=Path(name)))
+        else:
+            raise InputError(f"--against knows base, torch and FILE.onnx, not '{name}'")
+    for bundle in bundles:
+        contenders.append(Contender(label=_label(bundle, bundles), graph=bundle.graph, bundle=bundle.path))
+    return bundles, contenders
+
+
+def summaries(bundles: Sequence[Bundle], report: BenchReport) -> Iterator[tuple[Bundle, dict[str, Any]]]:
+    """For each bundle, what its manifest keeps of the bench: medians and ratios per shape, and on what machine."""
+    for bundle in bundles:
+        label = _label(bundle, bundles)
+        shapes = {
+            f"{r.batch}x{r.sequence} spinning {r.spinning}": {
+                "p50_ms": r.p50_ms,
+                "ratio": r.ratio,
+                "ratio_low": r.ratio_low,
+                "ratio_high": r.ratio_high,
+            }
+            for r in report.results
+            if r.contender == label
+        }
+        cpu = getattr(report.machine, "cpu", "")
+        yield (
+            bundle,
+            {
+                "against": report.contenders[0].label,
+                "threads": report.settings.threads,
+                "cpu": cpu,
+                "shapes": shapes,
+            },
+        )
+
+
+def _label(bundle: Bundle, bundles: Sequence[Bundle]) -> str:
+    """The directory's name; the whole path when two bundles share it."""
+    name = bundle.path.name or str(bundle.path)
+    same = [other for other in bundles if (other.path.name or str(other.path)) == name]
+    return name if len(same) == 1 else str(bundle.path)

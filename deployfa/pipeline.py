@@ -1,0 +1,209 @@
+"""The whole way in one file: adapter + base graph → plan → rewrite → fuse → bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+
+from deployfa.adapter import Adapter, BaseReference
+from deployfa.atomic import check_output, write_directory
+from deployfa.base_graphs import BaseGraph, base_graph, copy_tokenizer
+from deployfa.bench import Shape
+from deployfa.bundle import Bundle, Manifest
+from deployfa.bundle.bundle import sha256_file, versions, write_manifest
+from deployfa.bundle.manifest import (
+    FORMAT,
+    MANIFEST,
+    AdapterSummary,
+    GraphSummary,
+    Optimization,
+    Preprocessing,
+    Reference,
+    Tensor,
+)
+from deployfa.data import Row
+from deployfa.errors import InputError, LeftoverError
+from deployfa.fusion import choose_fusion
+from deployfa.graph import Plan, apply_adapter, make_plan
+from deployfa.graph.optimize import FUSIONS, fuse
+from deployfa.graph.plan import Preference
+from deployfa.graph.storage import GRAPH, save_graph
+from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
+from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
+from deployfa.preprocess import TextPreprocessor
+
+__all__ = ["DEFAULT_SHAPES", "TARGETS", "Exported", "export", "fused_base", "plan_adapter"]
+
+Status = Callable[[str], None]
+TARGETS = ("onnxruntime-cpu",)
+DEFAULT_SHAPES = (Shape(1, 128), Shape(8, 128))
+_REFERENCE = "reference.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A written bundle and whether PyTorch had to run for it."""
+
+    bundle: Bundle
+    plan: Plan
+    ran_torch: bool
+    warnings: tuple[str, ...]
+
+
+def plan_adapter(
+    adapter: Adapter,
+    *,
+    model: str | Path | None = None,
+    placement: Preference = "auto",
+    require_fold: bool = False,
+    allow_base_mismatch: bool = False,
+    status: Status | None = None,
+) -> tuple[Plan, BaseGraph]:
+    """Where every edit of ``adapter`` would go, without doing it."""
+    base = base_graph(adapter, model=model, allow_mismatch=allow_base_mismatch, status=status)
+    return make_plan(base.load(), adapter, placement=placement, require_fold=require_fold), base
+
+
+def export(
+    adapter: Adapter,
+    out: Path,
+    *,
+    model: str | Path | None = None,
+    target: str = "onnxruntime-cpu",
+    optimize: str = "auto",
+    placement: Preference = "auto",
+    require_fold: bool = False,
+    shapes: Sequence[Shape] = DEFAULT_SHAPES,
+    rows: Sequence[Row] | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    allow_base_mismatch: bool = False,
+    status: Status | None = None,
+) -> Exported:
+    """Write the bundle of ``adapter`` to ``out``, whole or not at all.
+
+    ``optimize``: ``auto`` times every fusion at ``shapes`` and keeps the fastest that agrees with the reference; or a
+    key of ``deployfa.graph.optimize.FUSIONS``.  ``rows``: texts for the stored reference, built-in sentences if none.
+    Neither the adapter nor the base is changed.
+    """
+    say = status or (lambda _: None)
+    if target not in TARGETS:
+        raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
+    if optimize != "auto" and optimize not in FUSIONS:
+        raise InputError(f"no fusion '{optimize}'; use auto or one of: {', '.join(FUSIONS)}")
+    check_output(out, force=force)
+    plan, base = plan_adapter(
+        adapter,
+        model=model,
+        placement=placement,
+        require_fold=require_fold,
+        allow_base_mismatch=allow_base_mismatch,
+        status=status,
+    )
+    say(f"placing {len(plan.edits)} edits: {plan.count('own weight')} folded, {plan.count('side op')} side ops")
+    graph = base.load()
+    adapted = apply_adapter(graph, adapter, plan)
+    say("computing the reference in float64")
+    with tempfile.TemporaryDirectory(prefix="deployfa-export-") as scratch:
+        cases, noise = _reference(base, graph, adapter, rows)
+        _check_effect(adapter, cases, noise)
+        chosen, fused = choose_fusion(
+            adapted, optimize, cases, noise, shapes, Path(scratch), threads=threads, status=say
+        )
+        say(f"writing '{out}'")
+        with write_directory(out, force=force) as folder:
+            save_graph(fused, folder)
+            copy_tokenizer(base, folder)
+            adapter.save(folder / "adapter.safetensors")
+            write_cases(folder / _REFERENCE, cases)
+            write_manifest(folder, _manifest(folder, adapter, base, plan, fused, chosen, target, cases, noise))
+    return Exported(Bundle.open(out), plan, base.made_now, base.warnings)
+
+
+def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:
+    """The base graph of ``bundle``, same head and same fusion but no edits, written to ``folder``: what its latency is
+    compared with."""
+    adapter = Adapter.load(bundle.adapter)
+    base = base_graph(adapter, model=model)
+    plain = without_edits(adapter)
+    graph = base.load()
+    headed = apply_adapter(graph, plain, make_plan(graph, plain))
+    return save_graph(fuse(headed, bundle.manifest.optimization.chosen), folder)
+
+
+def _reference(
+    base: BaseGraph, graph: ir.Model, adapter: Adapter, rows: Sequence[Row] | None
+) -> tuple[list[Case], Noise]:
+    preprocessor = TextPreprocessor(base.folder, max_length=base.max_length)
+    texts = [row.text for row in rows] if rows else list(SENTENCES)
+    return graph_truth(graph, adapter, text_cases(preprocessor, texts))
+
+
+def _check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None:
+    """Promise 1: a trained adapter that changes nothing is an error."""
+    if noise.silent(cases) and any(edit.distance() > 0.0 for edit in adapter.edits.values()):
+        raise LeftoverError(
+            "the adapter is trained, but the graph answers exactly as its base does; nothing was written"
+        )
+
+
+def _manifest(
+    folder: Path,
+    adapter: Adapter,
+    base: BaseGraph,
+    plan: Plan,
+    fused: ir.Model,
+    chosen: Optimization,
+    target: str,
+    cases: Sequence[Case],
+    noise: Noise,
+) -> Manifest:
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
+    return Manifest(
+        format=FORMAT,
+        target=target,
+        base=BaseReference(
+            name=adapter.base.name,
+            fingerprint=base.fingerprint,
+            architecture=base.architecture,
+            task=adapter.base.task,
+        ),
+        adapter=AdapterSummary(
+            method=adapter.method,
+            sites=len(adapter.edits),
+            parameters=adapter.parameters,
+            module_parameters=adapter.module_parameters,
+            training=dict(adapter.training),
+        ),
+        plan=msgspec.to_builtins(plan),
+        graph=GraphSummary(
+            file=GRAPH,
+            opset=fused.opset_imports.get("", 0),
+            inputs=[_tensor(value) for value in fused.graph.inputs],
+            outputs=[_tensor(value) for value in fused.graph.outputs],
+            bytes=sum(file.stat().st_size for file in files if file.name.startswith(GRAPH)),
+        ),
+        optimization=chosen,
+        preprocessing=Preprocessing(kind="text", max_length=base.max_length),
+        reference=Reference(
+            file=_REFERENCE,
+            kind=GRAPH_TRUTH,
+            rows=sum(len(case.feeds["input_ids"]) for case in cases),
+            noise=noise.relative,
+            noise_max_abs=noise.max_abs,
+        ),
+        labels=list(adapter.labels),
+        versions=versions(),
+        files={file.name: sha256_file(file) for file in files},
+        warnings=list(base.warnings),
+    )
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    shape: list[int | str] = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
+    return Tensor(name=value.name or "", dtype=value.dtype.numpy().name if value.dtype else "", shape=shape)

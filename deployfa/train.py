@@ -1,0 +1,121 @@
+"""From files of rows to an adapter file: what ``deployfa train`` does."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deployfa.atomic import check_output, storage_errors, write_directory
+from deployfa.data import Row, label_ids, label_names, read_rows
+from deployfa.errors import DataError, InputError, MissingExtraError
+from deployfa.metrics import Scores
+
+__all__ = ["TrainReport", "train"]
+
+Progress = Callable[[str, int, int], None]
+
+
+class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was trained and how good it is; the schema of ``train --json``.  Scores are fractions in [0, 1]."""
+
+    out: str
+    method: str
+    model: str
+    labels: list[str]
+    train_rows: int
+    trainable_parameters: int
+    seconds: float
+    scores: dict[str, Scores]
+    options: dict[str, Any]
+
+
+def train(
+    *,
+    model: str | Path,
+    task: str,
+    train_file: Path,
+    eval_file: Path | None,
+    shifted_files: Mapping[str, Path],
+    out: Path,
+    options: Mapping[str, Any],
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TrainReport:
+    """Train on ``train_file``, score ``eval_file`` and every shifted domain, write ``out``.
+
+    ``options`` are those of ``deployfa.training.options.FitOptions``.  Checkpoints lie in ``OUT.work`` while it runs,
+    and stay there if it is killed, for ``resume``.  ``out`` is an adapter file, or for full fine-tuning a directory.
+    """
+    check_output(out, force=force)
+    # files first: importing PyTorch takes seconds that a typo should not cost
+    rows = read_rows(train_file)
+    labels = label_names(rows)
+    if len(labels) < 2:
+        raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
+    domains = _domains(eval_file, shifted_files, labels)
+    try:
+        from deployfa.training.fit import fit
+        from deployfa.training.options import FitOptions
+        from deployfa.training.tokenizer import save_tokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "train", "training") from error
+
+    chosen = FitOptions(**options)
+    if chosen.method == "full" and out.suffix:
+        raise InputError(f"full fine-tuning writes a model directory; give --out without '{out.suffix}'")
+    if chosen.method != "full" and out.suffix not in {".pt", ".safetensors", ""}:
+        raise InputError(f"cannot write an adapter as '{out.suffix}'; use .pt, .safetensors, or a directory")
+    work = out.with_name(f"{out.name}.work")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="deployfa-tokenizer-") as folder, storage_errors(work):
+        save_tokenizer(model, Path(folder))
+        trained = fit(
+            model,
+            task,
+            rows,
+            domains,
+            labels,
+            chosen,
+            tokenizer=Path(folder),
+            work=work,
+            resume=resume,
+            progress=progress,
+        )
+        if trained.adapter is not None:
+            trained.adapter.save(out, force=force)
+        else:
+            with write_directory(out, force=force) as partial:
+                saved: Any = trained.model
+                saved.save_pretrained(partial)
+                save_tokenizer(model, partial)
+    shutil.rmtree(work, ignore_errors=True)
+    return TrainReport(
+        out=str(out),
+        method=chosen.method,
+        model=str(model),
+        labels=labels,
+        train_rows=len(rows),
+        trainable_parameters=trained.trainable_parameters,
+        seconds=trained.seconds,
+        scores=trained.scores,
+        options=msgspec.to_builtins(chosen),
+    )
+
+
+def _domains(
+    eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
+) -> dict[str, Sequence[Row]]:
+    """Every file read and checked before training starts: a bad label should not cost two minutes."""
+    named = {**({"eval": eval_file} if eval_file is not None else {}), **shifted_files}
+    domains: dict[str, Sequence[Row]] = {}
+    for name, file in named.items():
+        domains[name] = read_rows(file)
+        label_ids(domains[name], labels)
+    return domains
