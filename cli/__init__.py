@@ -1,0 +1,24 @@
+"""The command line: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of ``deployfa``.  Exit 0 done, 1 a check failed, 2 the request cannot be carried out."""
+    from deployfa.cli.app import app
+    from deployfa.errors import DeployfaError
+
+    try:
+        app()
+    except DeployfaError as error:
+        # one line, whatever a library below put into its message
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # the reader of our output (head, less) has seen enough
+        sys.stderr.close()
+        sys.exit(0)

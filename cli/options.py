@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from deployfa.errors import InputError
+
+if TYPE_CHECKING:
+    from deployfa.bench import Shape
+
+__all__ = [
+    "AdapterOption",
+    "AllowMismatch",
+    "Force",
+    "Json",
+    "ModelOption",
+    "PlacementOption",
+    "RequireFold",
+    "Threads",
+    "named_files",
+    "parse_shapes",
+]
+
+AdapterOption = Annotated[
+    Path, typer.Option("--adapter", "-a", help="A .pt, a .safetensors, or a PEFT directory.", show_default=False)
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="The base model: directory or hub id. Default: the one the adapter names."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Go on although the adapter was trained on another base.")
+]
+RequireFold = Annotated[bool, typer.Option("--require-fold", help="Fail, with the reason, instead of a side op.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of the runtime. Default: all cores.")]
+PlacementOption = Annotated[
+    Literal["auto", "fold", "side-op"],
+    typer.Option("--placement", help="Where edits go; auto and fold use a side op only where a fold is not exact."),
+]
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """``1x128,8x128`` → shapes."""
+    from deployfa.bench import Shape
+
+    return [Shape.parse(part) for part in text.split(",") if part.strip()]
+
+
+def named_files(pairs: list[str], option: str) -> dict[str, Path]:
+    """``NAME=FILE`` pairs → {name: path}; raises ``InputError`` on anything else."""
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"'{pair}' is not NAME=FILE; write {option} tweets=tweets.csv")
+        if name in found:
+            raise InputError(f"{option} names '{name}' twice; give each file its own name")
+        found[name] = Path(file)
+    return found

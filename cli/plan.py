@@ -1,0 +1,62 @@
+"""``deployfa plan``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deployfa.cli.console import print_json, show, spinner, warn
+from deployfa.cli.options import AdapterOption, AllowMismatch, Json, ModelOption, PlacementOption, RequireFold
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from deployfa.graph import Plan
+
+__all__ = ["plan", "plan_table"]
+
+
+def plan(
+    adapter: AdapterOption,
+    model: ModelOption = None,
+    placement: PlacementOption = "auto",
+    require_fold: RequireFold = False,
+    allow_base_mismatch: AllowMismatch = False,
+    json: Json = False,
+) -> None:
+    """Print where each edit would go, why, and what it costs at run time; nothing is written."""
+    from deployfa.adapter import Adapter
+    from deployfa.pipeline import plan_adapter
+
+    with spinner("planning") as status:
+        planned, base = plan_adapter(
+            Adapter.load(adapter),
+            model=model,
+            placement=placement,
+            require_fold=require_fold,
+            allow_base_mismatch=allow_base_mismatch,
+            status=status,
+        )
+    warn(base.warnings)
+    if json:
+        print_json(planned)
+    else:
+        show(*plan_table(planned))
+
+
+def plan_table(planned: Plan) -> list[RenderableType]:
+    """The table of placements and its totals."""
+    from rich.table import Table
+
+    table = Table(title="Plan")
+    for column in ("site", "op", "placement", "reason", "extra FLOPs/token", "extra bytes"):
+        table.add_column(column, justify="right" if column.startswith("extra") else "left")
+    for edit in planned.edits:
+        flops, size = f"{edit.extra_flops_per_token:,}", f"{edit.extra_bytes:,}"
+        table.add_row(edit.site, edit.op, edit.placement, edit.reason, flops, size)
+    for module in planned.modules:
+        table.add_row(module.path, "–", "replaced", f"the adapter's own {', '.join(module.parameters)}", "0", "0")
+    totals = (
+        f"{len(planned.edits)} edits: {planned.count('own weight')} folded, {planned.count('side op')} side ops; "
+        f"together {planned.extra_flops_per_token:,} extra FLOPs per token and {planned.extra_bytes:,} extra bytes"
+    )
+    return [table, totals]

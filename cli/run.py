@@ -1,0 +1,43 @@
+"""``deployfa run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deployfa.cli.console import print_json, show
+from deployfa.cli.options import Json, Threads
+from deployfa.errors import InputError
+
+__all__ = ["run"]
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)],
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be given several times.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Answer texts: label and score.  Needs tokenizers and onnxruntime only.
+
+    Example: deployfa run vefa.bundle --text "A joy from start to finish."
+    """
+    from deployfa.bundle import Bundle
+    from deployfa.data import read_rows
+    from deployfa.predict import Predictor, RunReport
+
+    texts = list(text or [])
+    if data is not None:
+        texts += [row.text for row in read_rows(data, need_label=False)]
+    if not texts:
+        raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
+    answers = list(Predictor(Bundle.open(bundle), threads=threads).answer(texts))
+    if json:
+        print_json(RunReport(bundle=str(bundle), answers=answers))
+        return
+    width = max(len(answer.label) for answer in answers)
+    for answer in answers:
+        show(f"{answer.label:<{width}}  {answer.score:.3f}  {answer.text}")

@@ -1,0 +1,104 @@
+"""``deployfa train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from deployfa.cli.console import done, print_json, progress_bar, show
+from deployfa.cli.options import Force, Json, named_files
+from deployfa.errors import InputError
+
+__all__ = ["train"]
+
+
+def train(
+    train_file: Annotated[Path, typer.Option("--train", help="CSV or JSONL with text,label.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write: vefa.pt, .safetensors, or a directory.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model: directory or hub id. Default: the recipe's own.")
+    ] = None,
+    task: Annotated[str, typer.Option("--task", help="What the model does.")] = "text-classification",
+    method: Annotated[
+        Literal["vefa", "lorfa", "lora", "full", "head"], typer.Option("--method", help="What to train.")
+    ] = "vefa",
+    eval_file: Annotated[Path | None, typer.Option("--eval", help="Rows to score, from the training domain.")] = None,
+    ood: Annotated[list[str] | None, typer.Option("--ood", help="NAME=FILE: rows of another domain to score.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Sites and defaults; see deployfa models.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Default: the recipe's for the method.")] = None,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = 2.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 32,
+    rank: Annotated[int, typer.Option("--rank", help="r of LoRFA and LoRA.")] = 8,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="s = alpha / r. Default: s = 1 LoRFA, 2 LoRA.")] = None,
+    shift: Annotated[bool, typer.Option("--shift", help="Also train δ, one more vector per site.")] = False,
+    share_input: Annotated[
+        bool, typer.Option("--share-input", help="One edit for sites with the same input (q/k/v, gate/up).")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same CPU: the same adapter, bit for bit.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: a GPU if any.")] = "auto",
+    precision: Annotated[
+        Literal["fp32", "bf16", "auto"],
+        typer.Option("--precision", help="bf16: autocast, the adapter stays float32; auto: bf16 if native here."),
+    ] = "fp32",
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Cut texts there, in tokens.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of a killed run.")] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Train an adapter (or a head, or the whole model) and score it per domain.
+
+    Example: deployfa train --recipe minilm --train movies_train.csv --eval movies_test.csv --out vefa.pt
+    """
+    from deployfa.assets import fetch
+    from deployfa.models import load_recipe
+    from deployfa.recipe import Recipe
+    from deployfa.train import train as run_training
+
+    chosen = load_recipe(recipe) if recipe else Recipe(name="default", task=task, about="the task's defaults")
+    if model is None and chosen.asset is None:
+        raise InputError("no base model; pass --model DIR_OR_ID, or a --recipe that brings one (--recipe minilm)")
+    options: dict[str, Any] = {
+        "method": method,
+        "learning_rate": learning_rate if learning_rate is not None else chosen.learning_rate[method],
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "max_length": max_length if max_length is not None else chosen.max_length,
+        "sites": chosen.sites if isinstance(chosen.sites, str) else list(chosen.sites),
+        "shift": shift,
+        "share_input": share_input,
+    }
+    shifted = named_files(ood or [], "--ood")
+    with progress_bar() as progress:
+        report = run_training(
+            model=model if model is not None else fetch(chosen.asset or ""),
+            task=task,
+            train_file=train_file,
+            eval_file=eval_file,
+            shifted_files=shifted,
+            out=out,
+            options=options,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    if json:
+        print_json(report)
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{report.method}: {report.trainable_parameters:,} trainable parameters")
+    for column in ("domain", "rows", "accuracy (%)", "balanced accuracy (%)"):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for name, scores in report.scores.items():
+        figures = (f"{100 * scores.accuracy:.1f}", f"{100 * scores.balanced_accuracy:.1f}")
+        table.add_row(name, f"{scores.rows:,}", *figures)
+    if report.scores:
+        show(table)
+    done(f"wrote '{report.out}' after {report.seconds:.0f} s of training; next: deployfa export --adapter {report.out}")

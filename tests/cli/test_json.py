@@ -1,0 +1,114 @@
+"""``--json``: one document on standard output that fits its published schema."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+
+from deployfa.bench import BenchReport
+from deployfa.bundle import Manifest
+from deployfa.cli.export import ExportReport
+from deployfa.cli.fetch import Fetched
+from deployfa.cli.models import ListedRecipe
+from deployfa.graph import Plan
+from deployfa.inspection import Inspection
+from deployfa.parity import ParityReport
+from deployfa.predict import RunReport
+from deployfa.train import TrainReport
+
+
+def check(text: str, kind: Any) -> Any:
+    """Parse ``text`` and hold it against the schema of ``kind``; a changed copy must not fit."""
+    document = json.loads(text)
+    schema = msgspec.json.schema(kind)
+    jsonschema.validate(document, schema)
+    broken = json.loads(text)
+    target = broken[0] if isinstance(broken, list) else broken
+    target[next(iter(target))] = {"not": "of that type"}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+    return document
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundles["folded"], tmp_path / "folded"))
+
+
+def test_inspect(cli, trained: dict[str, Path]) -> None:
+    found = check(cli("inspect", trained["vefa"], "--json").stdout, Inspection)
+    assert (len(found["sites"]), found["parameters"]) == (36, 20736)
+
+
+def test_plan(cli, trained: dict[str, Path]) -> None:
+    found = check(cli("plan", "-a", trained["vefa"], "--json").stdout, Plan)
+    assert {edit["placement"] for edit in found["edits"]} == {"own weight"}
+
+
+def test_export(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    result = cli("export", "-a", trained["vefa"], "-o", tmp_path / "b", "--optimize", "none", "--json")
+    found = check(result.stdout, ExportReport)
+    jsonschema.validate(found["manifest"], msgspec.json.schema(Manifest))
+    assert Path(found["bundle"]).is_dir()
+
+
+def test_verify_and_its_summary_in_the_manifest(cli, bundle: Path) -> None:
+    result = cli("verify", bundle, "--no-torch", "--json")
+    assert result.returncode == 0, result.stderr
+    assert check(result.stdout, ParityReport)["passed"] is True
+    manifest = msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
+    assert manifest.parity is not None
+    assert manifest.parity["passed"] is True
+
+
+def test_bench_and_its_summary_in_the_manifest(cli, bundle: Path, tmp_path: Path) -> None:
+    command = ["bench", bundle, "--against", "base", "--shapes", "1x8", "--samples", "11", "--launches", "2"]
+    result = cli(*command, "--max-seconds", "3", "--samples-out", tmp_path / "raw.json", "--json")
+    assert result.returncode == 0, result.stderr
+    found = check(result.stdout, BenchReport)
+    assert [contender["label"] for contender in found["contenders"]] == ["base", "folded"]
+    assert json.loads((tmp_path / "raw.json").read_text())
+    manifest = msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
+    assert manifest.bench is not None
+    assert manifest.bench["against"] == "base"
+    assert "1x8 spinning off" in manifest.bench["shapes"]
+
+
+def test_run(cli, bundle: Path) -> None:
+    found = check(cli("run", bundle, "-t", "a joy", "-t", "a bore", "--json").stdout, RunReport)
+    assert [answer["text"] for answer in found["answers"]] == ["a joy", "a bore"]
+    assert all(sum(answer["scores"].values()) == pytest.approx(1) for answer in found["answers"])
+
+
+def test_models(cli) -> None:
+    found = check(cli("models", "--json").stdout, list[ListedRecipe])
+    assert "minilm" in {recipe["name"] for recipe in found}
+
+
+def test_fetch(cli, tmp_path: Path) -> None:
+    found = check(cli("fetch", "vader", "-o", tmp_path / "data", "--json").stdout, Fetched)
+    assert set(found["files"]) == {"movies_train", "movies_test", "tweets", "amazon", "nyt"}
+
+
+@pytest.mark.slow
+def test_train(cli, small_data: dict[str, Path], minilm_dir: Path, tmp_path: Path) -> None:
+    command = [
+        "train",
+        "--recipe",
+        "minilm",
+        "-m",
+        minilm_dir,
+        "--train",
+        small_data["movies_train"],
+        "--epochs",
+        "0.2",
+    ]
+    result = cli(*command, "--ood", f"nyt={small_data['nyt']}", "-o", tmp_path / "a.safetensors", "--json")
+    assert result.returncode == 0, result.stderr
+    assert set(check(result.stdout, TrainReport)["scores"]) == {"nyt"}
