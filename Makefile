@@ -17,7 +17,7 @@ test: setup lint ## linters, types, import rules, then every test
 	$(BIN)/pytest -n 2
 
 demo: setup ## train, fold, verify and time a real adapter; the report is in build/demo
-	$(BIN)/deployfa demo --out build/demo
+	$(BIN)/deployfa demo --out build/demo --force
 
 lint: $(STAMP) ## linters, types and import rules
 	$(BIN)/ruff check .

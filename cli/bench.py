@@ -26,7 +26,7 @@ def bench(
         typer.Option("--spinning", help="Idle threads burn their core (ORT's default: on)."),
     ] = "off",
     samples: Annotated[int, typer.Option("--samples", min=11, help="Per contender and shape; 662 for p99.")] = 130,
-    launches: Annotated[int, typer.Option("--launches", min=1, help="Processes per contender.")] = 3,
+    launches: Annotated[int, typer.Option("--launches", min=1, help="Processes per contender.")] = 5,
     max_seconds: Annotated[
         float, typer.Option("--max-seconds", min=1, help="Per shape, all contenders together.")
     ] = 60,

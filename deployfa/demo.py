@@ -65,10 +65,12 @@ def stages(out: Path, *, seed: int = 0) -> list[Stage]:
         shown.append(Stage(name=f"verify {bundle}", command=command, result=f"verify-{bundle}.json"))
     command = ["bench", str(out / "folded"), str(out / "side-op"), "--against", "base", "--shapes", "1x128,8x128"]
     command += [
+        "--launches",
+        "7",
         "--samples",
-        "130",
+        "210",
         "--max-seconds",
-        "30",
+        "40",
         "--samples-out",
         str(out / "samples.json"),
         "--force",

@@ -47,7 +47,14 @@ def test_the_whole_demo_on_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     original = stages
 
     def smaller(out: Path, *, seed: int) -> list[Stage]:
-        cut = {"--train-rows": "64", "--test-rows": "32", "--samples": "11", "--max-seconds": "2", "--max-rows": "32"}
+        cut = {
+            "--train-rows": "64",
+            "--test-rows": "32",
+            "--samples": "11",
+            "--launches": "2",
+            "--max-seconds": "2",
+            "--max-rows": "32",
+        }
         changed = []
         for stage in original(out, seed=seed):
             words = list(stage.command)

@@ -200,8 +200,8 @@ def _warnings(report: BenchReport) -> list[str]:
     machine, settings = report.machine, report.settings
     if machine.busy:
         found.append(
-            f"the load was {machine.load_1min} on {machine.cores} cores before the bench began; the figures are partly "
-            "those of other programs, bench again on a quiet machine"
+            f"other programs used {100 * (machine.busy_share or 0):.0f} % of the processors before the bench; the "
+            "figures are partly theirs, bench again on a quiet machine"
         )
     if settings.threads > machine.cores:
         found.append(f"{settings.threads} threads share {machine.cores} cores; pass {machine.cores} threads or fewer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,12 +13,16 @@ import msgspec
 __all__ = ["Machine", "available_cores", "describe_machine"]
 
 _PACKAGES = ("deployfa", "numpy", "onnxruntime", "onnxruntime-gpu", "torch")
-_BUSY = 0.5  # load a core above which the figures are someone else's as much as ours
+#: Share of the processors above which the figures are someone else's as much as ours.
+_BUSY = 0.1
+_WATCH_S = 0.5
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """cores: those this process may use.  load_1min: the system's load average before the first worker started,
-    ``None`` where there is none.  versions: of installed packages, from their metadata.
+    """cores: those this process may use.  load_1min: the system's load average before the first worker started; it
+    remembers a minute, so a quiet machine that was busy just now shows one.  busy_share: the part of all processors'
+    time that was used in half a second before the first worker started, in [0, 1].  Both ``None`` where unknown.
+    versions: of installed packages, from their metadata.
     """
 
     cpu: str
@@ -25,11 +30,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     python: str
     load_1min: float | None
+    busy_share: float | None
     versions: dict[str, str]
 
     @property
     def busy(self) -> bool:
-        return self.load_1min is not None and self.load_1min > _BUSY * self.cores
+        return self.busy_share is not None and self.busy_share > _BUSY
 
 
 def describe_machine() -> Machine:
@@ -40,6 +46,7 @@ def describe_machine() -> Machine:
         system=platform.platform(),
         python=platform.python_version(),
         load_1min=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        busy_share=_busy_share(),
         versions=_versions(),
     )
 
@@ -49,6 +56,24 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _busy_share() -> float | None:
+    """Watch all processors for half a second (Linux: the first line of /proc/stat; jiffies, 4th idle, 5th iowait)."""
+
+    def read() -> tuple[int, int]:
+        words = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+        ticks = [int(word) for word in words]
+        return sum(ticks), ticks[3] + ticks[4]
+
+    try:
+        total, idle = read()
+        time.sleep(_WATCH_S)
+        later_total, later_idle = read()
+    except (OSError, ValueError, IndexError):
+        return None
+    passed = later_total - total
+    return round(1 - (later_idle - idle) / passed, 3) if passed > 0 else None
 
 
 def _cpu_name() -> str:

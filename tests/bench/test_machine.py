@@ -15,9 +15,25 @@ def test_the_machine_is_described():
     assert machine.load_1min == pytest.approx(os.getloadavg()[0], abs=1.0)
 
 
-@pytest.mark.parametrize(("load", "busy"), [(None, False), (2.0, False), (2.01, True)])
-def test_busy_is_more_than_half_a_core_each(load, busy):
-    assert msgspec.structs.replace(describe_machine(), cores=4, load_1min=load).busy is busy
+@pytest.mark.parametrize(("share", "busy"), [(None, False), (0.1, False), (0.11, True)])
+def test_busy_is_more_than_a_tenth_of_the_processors(share, busy):
+    assert msgspec.structs.replace(describe_machine(), busy_share=share).busy is busy
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the share of busy time is read from /proc/stat")
+def test_a_program_that_computes_is_seen():
+    """A process that spins on one core: at least half of one core's share in the half second that is watched."""
+    import subprocess
+    import sys
+
+    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        share = describe_machine().busy_share
+    finally:
+        spinner.kill()
+        spinner.wait()
+    assert share is not None
+    assert 0.5 / (os.cpu_count() or 1) < share <= 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity to set")

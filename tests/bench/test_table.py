@@ -54,7 +54,9 @@ def contender(label: str) -> ContenderReport:
 
 @pytest.fixture
 def report() -> BenchReport:
-    machine = Machine(cpu="Some CPU", cores=2, system="Linux", python="3.11", load_1min=1.5, versions={"numpy": "2.4"})
+    machine = Machine(
+        cpu="Some CPU", cores=2, system="Linux", python="3.11", load_1min=1.5, busy_share=0.0, versions={"numpy": "2.4"}
+    )
     settings = Settings(
         threads=2,
         spinning=["off"],

@@ -116,6 +116,7 @@ def report() -> DemoReport:
             system="Linux-6.1-x86_64",
             python="3.11.2",
             load_1min=1.52,
+            busy_share=0.31,
             versions={"numpy": "2.4.0", "onnxruntime": "1.32.0"},
         ),
         settings=Settings(
