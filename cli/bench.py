@@ -40,7 +40,7 @@ def bench(
 
     Example: deployfa bench vefa.bundle --against base,torch --shapes 1x128,8x128
     """
-    from deployfa.contenders import collect, summaries
+    from deployfa.contenders import collect, forget_scratch, summaries
 
     sizes = parse_shapes(shapes)
     with tempfile.TemporaryDirectory(prefix="deployfa-base-") as scratch, progress_bar() as progress:
@@ -60,6 +60,7 @@ def bench(
             samples_out=samples_out,
             force=force,
         )
+    report = forget_scratch(report, Path(scratch))
     for bundle, summary in summaries(opened, report):
         bundle.record(bench=summary)
     if json:

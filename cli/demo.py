@@ -36,6 +36,7 @@ def demo(
 def report(
     file: Annotated[Path, typer.Argument(help="A report.json of the demo.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: report.html beside it.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables; write no page.")] = False,
     force: Force = False,
 ) -> None:
     """Draw the HTML page of a demo's report.json again."""
@@ -43,6 +44,11 @@ def report(
     from deployfa.report.table import render
 
     result = read_report(file)
+    if markdown:
+        from deployfa.report.markdown import render as render_markdown
+
+        typer.echo(render_markdown(result))
+        return
     page = write_page(result, out if out is not None else file.with_suffix(".html"), force=force)
     show(*render(result))
     done(f"page: {page}")

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from deployfa.bench import BenchReport, Contender
 from deployfa.bundle import Bundle
 from deployfa.errors import InputError
 from deployfa.pipeline import fused_base
 
-__all__ = ["collect", "summaries"]
+__all__ = ["collect", "forget_scratch", "summaries"]
 
 
 def collect(
@@ -37,6 +39,15 @@ def collect(
     for bundle in bundles:
         contenders.append(Contender(label=_label(bundle, bundles), graph=bundle.graph, bundle=bundle.path))
     return bundles, contenders
+
+
+def forget_scratch(report: BenchReport, scratch: Path) -> BenchReport:
+    """The report without paths of graphs that were made for the bench only and are gone after it."""
+    kept = [
+        msgspec.structs.replace(each, graph=None) if each.graph and Path(each.graph).is_relative_to(scratch) else each
+        for each in report.contenders
+    ]
+    return msgspec.structs.replace(report, contenders=kept)
 
 
 def summaries(bundles: Sequence[Bundle], report: BenchReport) -> Iterator[tuple[Bundle, dict[str, Any]]]:

@@ -68,7 +68,7 @@ def stages(out: Path, *, seed: int = 0) -> list[Stage]:
         "--launches",
         "7",
         "--samples",
-        "210",
+        "662",
         "--max-seconds",
         "40",
         "--samples-out",

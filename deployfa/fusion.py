@@ -49,7 +49,7 @@ def choose_fusion(
         say(f"building the graph with fusion '{name}'")
         try:
             candidate = fuse(model, name)
-        except MissingExtraError as error:
+        except (MissingExtraError, RuntimeTargetError) as error:
             if asked != "auto":
                 raise
             tried[name] = Candidate(name=name, refused=str(error))

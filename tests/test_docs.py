@@ -65,6 +65,14 @@ def test_every_deployfa_command_runs(tmp_path: Path, minilm_dir: Path, monkeypat
     assert (tmp_path / "mine.safetensors").is_file()
 
 
+def test_the_figures_are_those_of_the_committed_run() -> None:
+    from deployfa.report.markdown import render
+    from deployfa.report.page import read_report
+
+    (shown,) = re.findall(r"<!-- demo -->\n(.*?)\n<!-- /demo -->", README, re.DOTALL)
+    assert shown == render(read_report(ROOT / "benchmarks" / "results" / "demo.json"))
+
+
 def test_the_drawing_is_the_layout() -> None:
     """The rooms in ARCHITECTURE.md, top to bottom, are the layers that the import linter enforces."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -80,6 +88,6 @@ def test_the_changelog_has_this_version_or_an_unreleased_part() -> None:
 
 
 def test_no_path_of_a_developer_machine_is_in_the_docs() -> None:
-    for file in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for file in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"):
         text = (ROOT / file).read_text(encoding="utf-8")
         assert not re.search(r"(/home/|/root/|/work/|/tmp/)", text), file

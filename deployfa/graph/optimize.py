@@ -11,10 +11,11 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import onnx_ir as ir
 
-from deployfa.errors import InputError, MissingExtraError
+from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
 
 __all__ = ["FUSIONS", "fuse"]
 
@@ -39,6 +40,10 @@ def _transformers(model: ir.Model) -> ir.Model:
     try:
         from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
     except ImportError as error:
+        if find_spec("transformers") is not None:
+            raise RuntimeTargetError(
+                "the fusion 'ort' needs transformers 5.23 or newer; use --optimize auto"
+            ) from error
         raise MissingExtraError("transformers", "train", "the fusion 'ort'") from error
     fuse_for_onnxruntime(model, "cpu")
     return model

@@ -22,7 +22,7 @@ from deployfa.report.figures import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["render"]
+__all__ = ["render", "sections"]
 
 _STYLES = {"pass": "green", "FAIL": "bold red", "slower": "yellow", "faster": "green"}
 
@@ -32,14 +32,14 @@ def render(report: DemoReport) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    sections = [section for section in _sections(report) if len(section) > 1]
-    columns = max((len(row) for section in sections for row in section), default=1)
+    shown = [section for section in sections(report) if len(section) > 1]
+    columns = max((len(row) for section in shown for row in section), default=1)
     title = f"deployfa demo: {plain(report.model)}, {report.train_rows:,} training rows, seed {report.seed}"
     table = Table(title=Text(title), show_header=False, padding=(0, 1), title_justify="left")
     table.add_column(overflow="fold")
     for _ in range(columns - 1):
         table.add_column(justify="right", overflow="fold")
-    for head, *rows in sections:
+    for head, *rows in shown:
         table.add_row(*(Text(cell, style="bold") for cell in head))
         for row in rows:
             table.add_row(*(Text(plain(cell), style=_STYLES.get(cell, "")) for cell in row))
@@ -55,7 +55,7 @@ def render(report: DemoReport) -> list[RenderableType]:
     return [table, Text(closing), *failed, *warnings]
 
 
-def _sections(report: DemoReport) -> Iterator[list[Sequence[str]]]:
+def sections(report: DemoReport) -> Iterator[list[Sequence[str]]]:
     """Each a heading row, then its rows; every heading names its unit."""
     names, away = domains(report), shifted(report)
     yield [
