@@ -156,7 +156,7 @@ def from_state(
             saved = config.get("modules_to_save") or []
             if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
                 raise AdapterFormatError(f"'{origin}': modules_to_save is not a list of names; copy the config again")
-            if not any(owner == module or _inside(owner, module) for module in saved):
+            if not any(_inside(owner, module) for module in saved):
                 raise AdapterFormatError(f"'{origin}': tensor '{full_name}' belongs to no {method} site; not supported")
             modules.setdefault(owner, {})[parameter] = array
     try:
@@ -177,7 +177,10 @@ def _edit(site: str, tensors: Mapping[str, Array], config: Mapping[str, Any], me
 
 
 def _inside(owner: str, module: str) -> bool:
-    return f".{module}." in f".{owner}."
+    """Whether ``owner`` is, or lies in, a module whose path ends in ``module``: PEFT's rule, by which ``classifier``
+    takes DistilBERT's ``pre_classifier`` along."""
+    parts = owner.split(".")
+    return any(".".join(parts[: count + 1]).endswith(module) for count in range(len(parts)))
 
 
 def _scaling(site: str, config: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -126,8 +127,12 @@ def _clean_metadata(model: ir.Model) -> None:
 
 
 def _name_weights(model: ir.Model) -> None:
-    """``val_69`` → ``encoder.layer.0.attention.self.query.weight.T``: the exporter transposed it, the name says so."""
-    taken = set(model.graph.initializers)
+    """``val_69`` → ``encoder.layer.0.attention.self.query.weight.T``: the exporter transposed it, the name says so.
+
+    A module that is called twice (ALBERT's shared layer) has its weight transposed and stored once a call; the calls
+    get the first one back.
+    """
+    named: dict[str, ir.Value] = {}
     for node in model.graph.all_nodes():
         if node.op_type != "MatMul" or len(node.inputs) < 2:
             continue
@@ -136,9 +141,20 @@ def _name_weights(model: ir.Model) -> None:
         if path is None or weight is None or not weight.is_initializer() or not (weight.name or "").startswith("val_"):
             continue
         name = f"{path}.weight{_TRANSPOSED}"
-        if name not in taken:
-            taken.add(name)
+        first = named.get(name)
+        if first is None and name not in model.graph.initializers:
             weight.name = name
+            named[name] = weight
+        elif first is not None and _equal(first, weight):
+            stored = weight.name or ""
+            node.replace_input_with(1, first)
+            if not weight.uses():
+                del model.graph.initializers[stored]
+
+
+def _equal(first: ir.Value, second: ir.Value) -> bool:
+    tensors = first.const_value, second.const_value
+    return all(tensor is not None for tensor in tensors) and np.array_equal(*(t.numpy() for t in tensors if t))
 
 
 def _module_path(node: ir.Node) -> str | None:

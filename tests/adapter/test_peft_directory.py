@@ -319,3 +319,21 @@ def test_peft_is_the_version_whose_rules_these_are():
     for site in ("bert.query", "myquery", "a.layer.3.key", "bert.value", "x.bert.value", "x.b", "xc", "x.c"):
         key = get_pattern_key(patterns.keys(), site)
         assert _pattern(site, patterns, 0) == patterns.get(key, 0)
+
+
+def test_modules_to_save_match_by_their_end_as_in_peft():
+    """DistilBERT: PEFT saves ``pre_classifier`` along when asked for ``classifier``."""
+    from deployfa.adapter.peft_directory import from_state
+
+    tensors = {
+        "base_model.model.fc.vefa_lambda": np.ones(3, np.float32),
+        "base_model.model.pre_classifier.weight": np.ones((2, 2), np.float32),
+        "base_model.model.head.classifier.out.weight": np.ones((2, 2), np.float32),
+    }
+    edits, modules = from_state(tensors, {"peft_type": "VEFA", "modules_to_save": ["classifier"]}, "here")
+    assert set(edits) == {"fc"}
+    assert set(modules) == {"pre_classifier", "head.classifier.out"}
+    with pytest.raises(AdapterFormatError, match="belongs to no VEFA site"):
+        from_state(
+            {"base_model.model.score.weight": np.ones(2)}, {"peft_type": "VEFA", "modules_to_save": ["x"]}, "here"
+        )
