@@ -16,6 +16,7 @@ from deployfa.cli.options import (
     Json,
     ModelOption,
     PlacementOption,
+    PreferOption,
     RequireFold,
     Threads,
     parse_shapes,
@@ -42,6 +43,7 @@ def export(
         str, typer.Option("--optimize", help="auto times every fusion and keeps the fastest; or none, ort, onnxscript.")
     ] = "auto",
     placement: PlacementOption = "auto",
+    prefer: PreferOption = "own-weight",
     require_fold: RequireFold = False,
     shapes: Annotated[
         str, typer.Option("--shapes", help="BATCHxSEQUENCE,... that --optimize auto times.")
@@ -74,6 +76,7 @@ def export(
             target=target,
             optimize=optimize,
             placement=placement,
+            prefer=prefer,
             require_fold=require_fold,
             shapes=sizes,
             rows=rows,
@@ -98,7 +101,7 @@ def export(
 
     plan = exported.plan
     show(
-        f"{len(plan.edits)} edits: {plan.count('own weight')} folded, {plan.count('side op')} side ops "
+        f"{len(plan.edits)} edits: {plan.folded} folded, {plan.count('side op')} side ops "
         f"({plan.extra_flops_per_token:,} extra FLOPs per token)"
     )
     table = Table(title="Fusions tried")

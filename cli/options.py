@@ -19,6 +19,7 @@ __all__ = [
     "Json",
     "ModelOption",
     "PlacementOption",
+    "PreferOption",
     "RequireFold",
     "Threads",
     "named_files",
@@ -42,6 +43,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads o
 PlacementOption = Annotated[
     Literal["auto", "fold", "side-op"],
     typer.Option("--placement", help="Where edits go; auto and fold use a side op only where a fold is not exact."),
+]
+PreferOption = Annotated[
+    Literal["own-weight", "smallest-patch"],
+    typer.Option(
+        "--prefer", help="Of two exact folds: the layer's own weight, or the norm before it (a smaller update)."
+    ),
 ]
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployfa.cli.console import print_json, show, spinner, warn
-from deployfa.cli.options import AdapterOption, AllowMismatch, Json, ModelOption, PlacementOption, RequireFold
+from deployfa.cli.options import (
+    AdapterOption,
+    AllowMismatch,
+    Json,
+    ModelOption,
+    PlacementOption,
+    PreferOption,
+    RequireFold,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +27,7 @@ def plan(
     adapter: AdapterOption,
     model: ModelOption = None,
     placement: PlacementOption = "auto",
+    prefer: PreferOption = "own-weight",
     require_fold: RequireFold = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
@@ -32,6 +41,7 @@ def plan(
             Adapter.load(adapter),
             model=model,
             placement=placement,
+            prefer=prefer,
             require_fold=require_fold,
             allow_base_mismatch=allow_base_mismatch,
             status=status,
@@ -48,15 +58,18 @@ def plan_table(planned: Plan) -> list[RenderableType]:
     from rich.table import Table
 
     table = Table(title="Plan")
-    for column in ("site", "op", "placement", "reason", "extra FLOPs/token", "extra bytes"):
-        table.add_column(column, justify="right" if column.startswith("extra") else "left")
+    figures = ("extra FLOPs/token", "extra traffic (bytes/token)", "extra bytes", "changed bytes")
+    for column in ("site", "op", "placement", "reason", *figures):
+        table.add_column(column, justify="right" if column in figures else "left")
     for edit in planned.edits:
-        flops, size = f"{edit.extra_flops_per_token:,}", f"{edit.extra_bytes:,}"
-        table.add_row(edit.site, edit.op, edit.placement, edit.reason, flops, size)
+        costs = (edit.extra_flops_per_token, edit.extra_bytes_per_token, edit.extra_bytes, edit.patch_bytes)
+        table.add_row(edit.site, edit.op, edit.placement, edit.reason, *(f"{cost:,}" for cost in costs))
     for module in planned.modules:
-        table.add_row(module.path, "–", "replaced", f"the adapter's own {', '.join(module.parameters)}", "0", "0")
+        reason = f"the adapter's own {', '.join(module.parameters)}"
+        table.add_row(module.path, "–", "replaced", reason, "0", "0", "0", f"{module.bytes:,}")
     totals = (
-        f"{len(planned.edits)} edits: {planned.count('own weight')} folded, {planned.count('side op')} side ops; "
-        f"together {planned.extra_flops_per_token:,} extra FLOPs per token and {planned.extra_bytes:,} extra bytes"
+        f"{len(planned.edits)} edits: {planned.folded} folded, {planned.count('side op')} side ops; "
+        f"together {planned.extra_flops_per_token:,} extra FLOPs and {planned.extra_bytes_per_token:,} bytes of extra "
+        f"traffic per token, {planned.extra_bytes:,} extra bytes in the graph, {planned.patch_bytes:,} bytes changed"
     )
     return [table, totals]

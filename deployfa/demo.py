@@ -158,7 +158,7 @@ def _placements(path: Path) -> PlacementCount:
     edits = manifest.plan["edits"]
     return PlacementCount(
         bundle=path.name,
-        folded=sum(edit["placement"] == "own weight" for edit in edits),
+        folded=sum(edit["placement"] != "side op" for edit in edits),
         side_ops=sum(edit["placement"] == "side op" for edit in edits),
         extra_flops_per_token=sum(edit["extra_flops_per_token"] for edit in edits),
         extra_bytes=sum(edit["extra_bytes"] for edit in edits),

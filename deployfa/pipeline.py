@@ -31,7 +31,7 @@ from deployfa.errors import InputError, LeftoverError
 from deployfa.fusion import choose_fusion
 from deployfa.graph import Plan, apply_adapter, make_plan
 from deployfa.graph.optimize import FUSIONS, fuse
-from deployfa.graph.plan import Preference
+from deployfa.graph.plan import Prefer, Preference
 from deployfa.graph.storage import GRAPH, save_graph
 from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
@@ -60,13 +60,15 @@ def plan_adapter(
     *,
     model: str | Path | None = None,
     placement: Preference = "auto",
+    prefer: Prefer = "own-weight",
     require_fold: bool = False,
     allow_base_mismatch: bool = False,
     status: Status | None = None,
 ) -> tuple[Plan, BaseGraph]:
     """Where every edit of ``adapter`` would go, without doing it."""
     base = base_graph(adapter, model=model, allow_mismatch=allow_base_mismatch, status=status)
-    return make_plan(base.load(), adapter, placement=placement, require_fold=require_fold), base
+    plan = make_plan(base.load(), adapter, placement=placement, prefer=prefer, require_fold=require_fold)
+    return plan, base
 
 
 def export(
@@ -77,6 +79,7 @@ def export(
     target: str = "onnxruntime-cpu",
     optimize: str = "auto",
     placement: Preference = "auto",
+    prefer: Prefer = "own-weight",
     require_fold: bool = False,
     shapes: Sequence[Shape] = DEFAULT_SHAPES,
     rows: Sequence[Row] | None = None,
@@ -101,11 +104,12 @@ def export(
         adapter,
         model=model,
         placement=placement,
+        prefer=prefer,
         require_fold=require_fold,
         allow_base_mismatch=allow_base_mismatch,
         status=status,
     )
-    say(f"placing {len(plan.edits)} edits: {plan.count('own weight')} folded, {plan.count('side op')} side ops")
+    say(f"placing {len(plan.edits)} edits: {plan.folded} folded, {plan.count('side op')} side ops")
     graph = base.load()
     adapted = apply_adapter(graph, adapter, plan)
     say("computing the reference in float64")

@@ -1,12 +1,14 @@
 """Decide where each edit goes before anything is touched.
 
-A placement is exact or it is refused with a named reason.  ``own weight`` costs nothing at run time, so it is taken
-wherever it is exact; a ``side op`` is always exact and costs what the plan says.
+A placement is exact or it is refused with a named reason.  ``own weight`` and ``norm`` cost nothing at run time and are
+taken wherever one is exact: the own weight first, because it binds no other site, or the norm first with
+``prefer="smallest-patch"``, because two vectors are a smaller update than a matrix.  A ``side op`` is always exact and
+costs what the plan says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
@@ -15,32 +17,42 @@ import onnx_ir as ir
 from deployfa.adapter import Adapter
 from deployfa.edits import Edit
 from deployfa.errors import PlanError, SiteError
+from deployfa.graph.costs import Cost, norm_cost, own_weight_cost, side_op_cost
+from deployfa.graph.norm import find_norm, norm_output, norm_readers, why_not_norm
 from deployfa.graph.sites import Site, find_sites
 
 __all__ = [
+    "NORM",
     "OWN_WEIGHT",
     "SIDE_OP",
     "Plan",
     "PlannedEdit",
     "PlannedModule",
+    "Prefer",
     "Preference",
     "make_plan",
+    "sites_by_node",
     "why_not_own_weight",
 ]
 
 OWN_WEIGHT: Final = "own weight"
+NORM: Final = "norm"
 SIDE_OP: Final = "side op"
 Preference = Literal["auto", "fold", "side-op"]
+Prefer = Literal["own-weight", "smallest-patch"]
 
 
 class PlannedEdit(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one edit goes.  Costs are what the placement adds to the base graph."""
+    """Where one edit goes.  Costs are what the placement adds to the base graph, see ``deployfa.graph.costs.Cost``;
+    ``extra_bytes`` is what the graph grows by, ``patch_bytes`` what an update has to ship."""
 
     site: str
-    placement: Literal["own weight", "side op"]
+    placement: Literal["own weight", "norm", "side op"]
     reason: str
     extra_flops_per_token: int
+    extra_bytes_per_token: int
     extra_bytes: int
+    patch_bytes: int
     in_features: int
     out_features: int
     op: str
@@ -70,11 +82,32 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def extra_bytes(self) -> int:
         return sum(edit.extra_bytes for edit in self.edits)
 
+    @property
+    def extra_bytes_per_token(self) -> int:
+        return sum(edit.extra_bytes_per_token for edit in self.edits)
+
+    @property
+    def patch_bytes(self) -> int:
+        """What an update ships: every tensor that changes, replaced modules included."""
+        return sum(edit.patch_bytes for edit in self.edits) + sum(module.bytes for module in self.modules)
+
+    @property
+    def folded(self) -> int:
+        """Edits that cost nothing at run time."""
+        return self.count(OWN_WEIGHT) + self.count(NORM)
+
     def count(self, placement: str) -> int:
         return sum(edit.placement == placement for edit in self.edits)
 
 
-def make_plan(model: ir.Model, adapter: Adapter, *, placement: Preference = "auto", require_fold: bool = False) -> Plan:
+def make_plan(
+    model: ir.Model,
+    adapter: Adapter,
+    *,
+    placement: Preference = "auto",
+    prefer: Prefer = "own-weight",
+    require_fold: bool = False,
+) -> Plan:
     """Plan every edit and replaced module of ``adapter`` on ``model``; nothing is changed.
 
     Raises ``SiteError`` for a site or module the graph lacks, ``EditError`` for one that does not fit, and
@@ -84,7 +117,10 @@ def make_plan(model: ir.Model, adapter: Adapter, *, placement: Preference = "aut
     missing = sorted(set(adapter.edits) - set(sites))
     if missing:
         raise SiteError.unknown(missing, sites)
-    planned = [_plan_edit(sites[path], edit, placement) for path, edit in adapter.edits.items()]
+    for path, edit in adapter.edits.items():
+        _check_edit(sites[path], edit)
+    in_norms = _norm_sites(sites, adapter.edits, prefer) if placement != "side-op" else {}
+    planned = [_plan_edit(sites[path], edit, placement, in_norms) for path, edit in adapter.edits.items()]
     if require_fold:
         refused = [edit for edit in planned if edit.placement == SIDE_OP]
         if refused:
@@ -95,27 +131,68 @@ def make_plan(model: ir.Model, adapter: Adapter, *, placement: Preference = "aut
     return Plan(edits=planned, modules=_plan_modules(model, sites, adapter), preference=placement)
 
 
-def _plan_edit(site: Site, edit: Edit, preference: Preference) -> PlannedEdit:
+def sites_by_node(sites: Mapping[str, Site]) -> dict[ir.Node, Site]:
+    """Node → the site that it runs."""
+    return {use.node: site for site in sites.values() for use in site.uses}
+
+
+def _check_edit(site: Site, edit: Edit) -> None:
     edit.check(site.path, site.in_features, site.out_features, site.kernel)
     if edit.delta is not None and any(use.pads_first for use in site.uses):
         raise PlanError(f"site '{site.path}': its module pads with zeros, which δ must not reach; train without δ")
-    blocked = "asked for with --placement side-op" if preference == "side-op" else why_not_own_weight(site, edit)
-    itemsize = int(site.weight.dtype.itemsize) if site.weight.dtype is not None else 4
-    if blocked is None:
-        reason, flops, size = _own_weight_cost(site, edit, itemsize)
+
+
+def _norm_sites(sites: Mapping[str, Site], edits: Mapping[str, Edit], prefer: Prefer) -> dict[str, bool]:
+    """Sites that fold into their norm → whether the site is the first of its norm.
+
+    A norm is taken or left for all its sites together: taken where the smallest patch is preferred, and where the own
+    weight of one of them is blocked.
+    """
+    nodes = sites_by_node(sites)
+    groups: dict[ir.Value, list[str]] = {}
+    for path in edits:
+        if why_not_norm(sites[path], nodes, edits) is None:
+            groups.setdefault(norm_output(sites[path]), []).append(path)
+    chosen: dict[str, bool] = {}
+    for paths in groups.values():
+        if prefer == "smallest-patch" or any(why_not_own_weight(sites[path], edits[path]) for path in paths):
+            chosen |= {path: number == 0 for number, path in enumerate(paths)}
+    return chosen
+
+
+def _plan_edit(site: Site, edit: Edit, preference: Preference, in_norms: Mapping[str, bool]) -> PlannedEdit:
+    placement: Literal["own weight", "norm", "side op"]
+    if preference == "side-op":
+        placement, reason, cost = SIDE_OP, "asked for with --placement side-op", side_op_cost(site, edit)
+    elif site.path in in_norms:
+        placement, reason, cost = NORM, *_in_norm(site, edit, first=in_norms[site.path])
+    elif (blocked := why_not_own_weight(site, edit)) is not None:
+        placement, reason, cost = SIDE_OP, blocked, side_op_cost(site, edit)
     else:
-        reason, flops, size = blocked, _side_op_flops(site, edit), int(_side_op_numbers(edit) * itemsize)
+        cost = own_weight_cost(site, edit)
+        placement, reason = OWN_WEIGHT, f"folds into its own weight{cost.note}"
     return PlannedEdit(
         site=site.path,
-        placement=OWN_WEIGHT if blocked is None else SIDE_OP,
+        placement=placement,
         reason=reason,
-        extra_flops_per_token=flops,
-        extra_bytes=size,
+        extra_flops_per_token=cost.flops,
+        extra_bytes_per_token=cost.traffic_bytes,
+        extra_bytes=cost.stored_bytes,
+        patch_bytes=cost.patch_bytes,
         in_features=site.in_features,
         out_features=site.out_features,
         op=site.uses[0].node.op_type,
         uses=len(site.uses),
     )
+
+
+def _in_norm(site: Site, edit: Edit, *, first: bool) -> tuple[str, Cost]:
+    norm = find_norm(site)
+    assert norm is not None  # why_not_norm has looked
+    readers = len(norm_readers(site))
+    blocked = why_not_own_weight(site, edit)
+    reason = "folds into its norm" + (f", with {readers - 1} more on it" if readers > 1 else "")
+    return reason + (f"; {blocked}" if blocked else ""), norm_cost(norm, first=first)
 
 
 def why_not_own_weight(site: Site, edit: Edit) -> str | None:
@@ -146,42 +223,6 @@ def why_not_own_weight(site: Site, edit: Edit) -> str | None:
     return None
 
 
-def _own_weight_cost(site: Site, edit: Edit, itemsize: int) -> tuple[str, int, int]:
-    """A fold costs nothing at run time; a shared weight costs its own copy, a new bias one addition per output."""
-    flops = size = 0
-    reason = "folds into its own weight"
-    ours = {use.node for use in site.uses}
-    if any(node not in ours for node in site.weight.consumers()):
-        reason += "; its own copy, the initializer is shared"
-        size += itemsize * int(_product(site.shape))
-    if edit.delta is not None and any(use.bias is None for use in site.uses):
-        reason += "; adds a bias for δ"
-        size += itemsize * site.out_features
-        # Gemm and Conv take a bias for free; after a MatMul it is an Add of its own
-        flops += site.out_features if site.uses[0].node.op_type == "MatMul" else 0
-    return reason, flops, size
-
-
-def _side_op_flops(site: Site, edit: Edit) -> int:
-    """Multiplications and additions per token (per position for a convolution) of the nodes a side op adds."""
-    k, d = site.in_features, site.out_features
-    flops = 0
-    if edit.lam is not None:
-        flops += k
-    if edit.delta is not None:
-        flops += k
-    if edit.input_low_rank is not None:
-        flops += 4 * k * edit.input_low_rank.rank + k
-    if edit.output_low_rank is not None:
-        low = edit.output_low_rank
-        flops += 2 * int(low.a.size) + 2 * d * low.rank + d
-    return flops * len(site.uses)
-
-
-def _side_op_numbers(edit: Edit) -> int:
-    return sum(array.size for name, array in edit.tensors().items() if not name.endswith("s"))
-
-
 def _plan_modules(model: ir.Model, sites: dict[str, Site], adapter: Adapter) -> list[PlannedModule]:
     planned = []
     for path, parameters in adapter.modules.items():
@@ -194,10 +235,3 @@ def _plan_modules(model: ir.Model, sites: dict[str, Site], adapter: Adapter) -> 
         size = sum(array.nbytes for array in parameters.values())
         planned.append(PlannedModule(path=path, parameters=sorted(parameters), bytes=size))
     return planned
-
-
-def _product(numbers: Iterable[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from deployfa.adapter import Adapter
 from deployfa.errors import LeftoverError, PlanError, SiteError
+from deployfa.graph.norm import fold_into_norm, norm_output, why_not_norm
 from deployfa.graph.own_weight import fold_into_own_weight
-from deployfa.graph.plan import OWN_WEIGHT, Plan, why_not_own_weight
+from deployfa.graph.plan import NORM, OWN_WEIGHT, Plan, sites_by_node, why_not_own_weight
 from deployfa.graph.replace import replace_module
 from deployfa.graph.side_op import SideOps
-from deployfa.graph.sites import find_sites
+from deployfa.graph.sites import Site, find_sites
 from deployfa.graph.tensors import drop_unused
 
 __all__ = ["apply_adapter"]
@@ -34,10 +37,13 @@ def apply_adapter(model: ir.Model, adapter: Adapter, plan: Plan) -> ir.Model:
     missing = {planned.site for planned in plan.edits} - set(sites)
     if missing:
         raise SiteError.unknown(missing, sites)
+    _fold_norms(graph, sites, adapter, plan)
     side_ops = SideOps(graph)
     for planned in plan.edits:
         site, edit = sites[planned.site], adapter.edits[planned.site]
         edit.check(site.path, site.in_features, site.out_features, site.kernel)
+        if planned.placement == NORM:
+            continue
         if planned.placement == OWN_WEIGHT:
             blocked = why_not_own_weight(site, edit)
             if blocked:
@@ -47,6 +53,22 @@ def apply_adapter(model: ir.Model, adapter: Adapter, plan: Plan) -> ir.Model:
             side_ops.place(site, edit)
     drop_unused(graph)
     return result
+
+
+def _fold_norms(graph: ir.Graph, sites: Mapping[str, Site], adapter: Adapter, plan: Plan) -> None:
+    """Every norm once, for all its sites; first of all placements, because it looks at who reads the norm."""
+    edits = {each.site: adapter.edits[each.site] for each in plan.edits if each.placement == NORM}
+    nodes = sites_by_node(sites)
+    done: set[ir.Value] = set()
+    for path, edit in edits.items():
+        site = sites[path]
+        edit.check(path, site.in_features, site.out_features, site.kernel)
+        blocked = why_not_norm(site, nodes, edits)
+        if blocked:
+            raise PlanError(f"site '{path}' cannot fold into its norm as the plan says: {blocked}; make a new plan")
+        if norm_output(site) not in done:
+            done.add(norm_output(site))
+            fold_into_norm(graph, site, edit)
 
 
 def _check_consumed(adapter: Adapter, plan: Plan) -> None:
