@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deployfa.cli import bench, demo, export, fetch, inspect, models, plan, run, train, verify
+from deployfa.cli import bench, convert, demo, export, fetch, inspect, models, plan, run, train, verify
 
 __all__ = ["app"]
 
@@ -35,6 +35,7 @@ def root(
 for command in (
     train.train,
     inspect.inspect,
+    convert.convert,
     plan.plan,
     export.export,
     verify.verify,

@@ -18,6 +18,7 @@ from deployfa.cli.options import (
     PlacementOption,
     PreferOption,
     RequireFold,
+    StrengthOption,
     Threads,
     parse_shapes,
 )
@@ -45,6 +46,7 @@ def export(
     placement: PlacementOption = "auto",
     prefer: PreferOption = "own-weight",
     require_fold: RequireFold = False,
+    strength: StrengthOption = 1.0,
     shapes: Annotated[
         str, typer.Option("--shapes", help="BATCHxSEQUENCE,... that --optimize auto times.")
     ] = "1x128,8x128",
@@ -60,10 +62,11 @@ def export(
     """
     from deployfa.adapter import Adapter
     from deployfa.atomic import check_output
+    from deployfa.convert import with_strength
     from deployfa.data import read_rows
     from deployfa.pipeline import export as run_export
 
-    loaded = Adapter.load(adapter)
+    loaded = with_strength(Adapter.load(adapter), strength)
     out = out if out is not None else adapter.with_name(f"{adapter.stem}.bundle")
     check_output(out, force=force)
     sizes = parse_shapes(shapes)

@@ -21,6 +21,7 @@ __all__ = [
     "PlacementOption",
     "PreferOption",
     "RequireFold",
+    "StrengthOption",
     "Threads",
     "named_files",
     "parse_shapes",
@@ -49,6 +50,9 @@ PreferOption = Annotated[
     typer.Option(
         "--prefer", help="Of two exact folds: the layer's own weight, or the norm before it (a smaller update)."
     ),
+]
+StrengthOption = Annotated[
+    float, typer.Option("--strength", help="Scale the edits: 0 is the base with the adapter's head, 1 the adapter.")
 ]
 
 

@@ -13,6 +13,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("deployfa", "cli", "models")
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -159,3 +161,18 @@ def bundles(shared: Path, trained: dict[str, Path]) -> dict[str, Path]:
             if not (shared / name).is_dir():
                 export(adapter, shared / name, optimize="ort", placement=placement)
     return {name: shared / name for name in ("folded", "side-op")}
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """``cli("inspect", path)`` → the finished process; ``cwd`` and ``env`` as for subprocess."""
+
+    def run(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deployfa.cli", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(env or {})}
+        )
+
+    return run

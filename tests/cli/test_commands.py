@@ -29,6 +29,7 @@ def test_every_command_has_help_and_an_own_line(cli) -> None:
     for command in (
         "train",
         "inspect",
+        "convert",
         "plan",
         "export",
         "verify",

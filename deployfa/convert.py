@@ -1,0 +1,104 @@
+"""Turn one adapter into another form or another method, where that is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from deployfa.adapter import Adapter
+from deployfa.base_graphs import base_graph
+from deployfa.edits import Array, Edit, LowRank
+from deployfa.errors import EditError, InputError, SiteError
+from deployfa.graph.sites import find_sites
+
+__all__ = ["to_lora", "with_strength"]
+
+
+def with_strength(adapter: Adapter, strength: float) -> Adapter:
+    """The adapter with every edit scaled towards the identity: ``λ' = t λ``, ``s' = t s``, ``δ' = t δ``.
+
+    ``strength`` t is finite; 0 leaves the base (with the adapter's replaced modules, which have no in-between), 1 the
+    adapter, more exaggerates it.  Exact: T is linear in λ, s and δ.
+    """
+    if not np.isfinite(strength):
+        raise InputError(f"strength {strength} is not a number; pass one such as 0.5")
+    if strength == 1.0:
+        return adapter
+    edits = {site: _scaled(edit, strength) for site, edit in adapter.edits.items()}
+    training = {**adapter.training, "strength": strength * float(adapter.training.get("strength", 1.0))}
+    return dataclasses.replace(adapter, edits=edits, training=training)
+
+
+def to_lora(
+    adapter: Adapter, *, model: str | Path | None = None, status: Callable[[str], None] | None = None
+) -> Adapter:
+    """LoRFA → LoRA, exactly: ``A' = A``, ``B' = W B``, the same s, because ``W (s B A x) = s (W B) (A x)``.
+
+    W comes from the base graph.  ``B'`` is computed in float64 and stored in float32.  Raises ``InputError`` for an
+    adapter whose edits have no exact LoRA form: a VeFA scales features, and ``W diag(λ)`` has full rank.
+    """
+    for site, edit in adapter.edits.items():
+        if edit.lam is not None:
+            raise InputError(
+                f"site '{site}' scales its features, and W diag(λ) has full rank: no LoRA of small rank equals it; "
+                "export the adapter itself"
+            )
+        if edit.delta is not None:
+            raise InputError(f"site '{site}' has a shift δ, which LoRA cannot hold; train without --shift")
+    base = base_graph(adapter, model=model, status=status)
+    weights = _weights(base.load(), adapter.edits)
+    edits = {site: _lora(site, edit, weights[site]) for site, edit in adapter.edits.items()}
+    ranks = {edit.output_low_rank.rank for edit in edits.values() if edit.output_low_rank is not None}
+    scales = {edit.output_low_rank.s for edit in edits.values() if edit.output_low_rank is not None}
+    if len(ranks) != 1 or len(scales) != 1:
+        raise InputError("sites differ in rank or scale; convert adapters of one rank")
+    rank, scale = ranks.pop(), scales.pop()
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": sorted(edits),
+        "modules_to_save": sorted(adapter.modules) or None,
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path") or adapter.base.name,
+    }
+    return dataclasses.replace(adapter, method="lora", edits=edits, config=config, found="converted from LoRFA")
+
+
+def _scaled(edit: Edit, t: float) -> Edit:
+    def vector(array: Array | None) -> Array | None:
+        # float64 keeps t * λ to one rounding; storage rounds once more, when the fold is cast
+        return None if array is None else array.astype(np.float64) * t
+
+    def low(part: LowRank | None) -> LowRank | None:
+        return None if part is None else dataclasses.replace(part, s=part.s * t)
+
+    return Edit(vector(edit.lam), low(edit.input_low_rank), vector(edit.delta), low(edit.output_low_rank))
+
+
+def _weights(model: ir.Model, edits: Mapping[str, Edit]) -> dict[str, Array]:
+    sites = find_sites(model)
+    missing = sorted(set(edits) - set(sites))
+    if missing:
+        raise SiteError.unknown(missing, sites)
+    found: dict[str, Array] = {}
+    for path in edits:
+        weight = sites[path].constant_weight()
+        if weight is None or weight.ndim != 2:
+            raise EditError(f"site '{path}' has no constant (d, k) weight to multiply with; only dense layers convert")
+        found[path] = weight
+    return found
+
+
+def _lora(site: str, edit: Edit, weight: Array) -> Edit:
+    low = edit.input_low_rank
+    if low is None:
+        return edit
+    if edit.output_low_rank is not None:
+        raise EditError(f"site '{site}' has low rank on both sides; convert each alone")
+    b = (weight.astype(np.float64) @ low.b.astype(np.float64)).astype(np.float32)
+    return Edit(output_low_rank=LowRank(low.a, b, low.s))

@@ -1,0 +1,137 @@
+"""Conversions: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from deployfa.adapter import Adapter
+from deployfa.convert import to_lora, with_strength
+from deployfa.edits import Edit, LowRank, apply_input, fold_matrix
+from deployfa.errors import EditError, InputError
+from deployfa.training.base import load_base
+from deployfa.training.reference import load_adapted
+
+FEEDS = {
+    "input_ids": torch.tensor([[101, 2023, 2003, 2307, 102], [101, 6659, 102, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+
+
+@pytest.fixture(scope="module")
+def base(minilm_dir: Path):
+    return load_base(minilm_dir, "text-classification", labels=["negative", "positive"])
+
+
+def logits(base, adapter: Adapter) -> np.ndarray:
+    with torch.inference_mode():
+        return load_adapted(base, adapter, dtype=torch.float64)(**FEEDS).logits.numpy()
+
+
+def test_lorfa_becomes_the_lora_that_equals_it(base, trained: dict[str, Path]) -> None:
+    lorfa = Adapter.load(trained["lorfa"])
+    lora = to_lora(lorfa)
+    expected, found = logits(base, lorfa), logits(base, lora)
+    plain = logits(base, Adapter("head", {}, lorfa.modules, lorfa.base, lorfa.labels))
+    # B' = W B is rounded once to float32; everything else is float64
+    assert np.linalg.norm(found - expected) <= 16 * 2.0**-24 * np.linalg.norm(expected)
+    assert np.linalg.norm(plain - expected) > 1e-3 * np.linalg.norm(expected)
+    assert all(edit.input_low_rank is None for edit in lora.edits.values())
+
+
+def test_peft_loads_the_lora(base, trained: dict[str, Path], minilm_dir: Path, tmp_path: Path) -> None:
+    lora = to_lora(Adapter.load(trained["lorfa"]))
+    lora.save(tmp_path / "lora")
+    fresh = load_base(minilm_dir, "text-classification", labels=["negative", "positive"])
+    model = peft.PeftModel.from_pretrained(fresh.model, str(tmp_path / "lora")).eval().double()
+    with torch.inference_mode():
+        found = model(**FEEDS).logits.numpy()
+    expected = logits(base, lora)
+    assert np.linalg.norm(found - expected) <= 64 * 2.0**-53 * np.linalg.norm(expected)
+
+
+def test_a_wrong_product_is_seen(base, trained: dict[str, Path]) -> None:
+    """The same with W transposed at the square sites: the comparison above must fail."""
+    lorfa = Adapter.load(trained["lorfa"])
+    lora = to_lora(lorfa)
+    state = base.model.state_dict()
+    edits = dict(lora.edits)
+    for site, edit in lorfa.edits.items():
+        weight = state[f"{site}.weight"].double().numpy()
+        if weight.shape[0] == weight.shape[1] and edit.input_low_rank is not None:
+            low = edit.input_low_rank
+            edits[site] = Edit(output_low_rank=LowRank(low.a, (weight.T @ low.b).astype(np.float32), low.s))
+    wrong = Adapter("lora", edits, lora.modules, lora.base, lora.labels)
+    expected = logits(base, lorfa)
+    assert np.linalg.norm(logits(base, wrong) - expected) > 16 * 2.0**-24 * np.linalg.norm(expected)
+
+
+def test_vefa_has_no_lora(trained: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="full rank"):
+        to_lora(Adapter.load(trained["vefa"]))
+
+
+def test_a_shift_has_no_lora() -> None:
+    low = LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0)
+    with pytest.raises(InputError, match="shift"):
+        to_lora(Adapter("lorfa", {"fc": Edit(input_low_rank=low, delta=np.ones(2))}))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 2.0, -1.0])
+def test_strength_is_linear(t: float) -> None:
+    rng = np.random.default_rng(0)
+    low = LowRank(rng.standard_normal((2, 3)), rng.standard_normal((3, 2)), 0.7)
+    out = LowRank(rng.standard_normal((2, 3)), rng.standard_normal((4, 2)), 1.3)
+    edit = Edit(rng.standard_normal(3), low, rng.standard_normal(3), out)
+    scaled = with_strength(Adapter("vefa", {"fc": edit}), t)
+    x = rng.standard_normal((5, 3))
+    whole, part = (apply_input(e, x) for e in (edit, scaled.edits["fc"]))
+    assert np.allclose(part - x, t * (whole - x), rtol=0, atol=64 * 2.0**-53 * np.abs(whole).max())
+    weight = rng.standard_normal((4, 3))
+    whole_w, part_w = (fold_matrix(e, weight, None)[0] for e in (edit, scaled.edits["fc"]))
+    assert np.allclose(part_w - weight, t * (whole_w - weight), rtol=0, atol=64 * 2.0**-53 * np.abs(whole_w).max())
+    assert scaled.training["strength"] == t
+
+
+def test_strength_changes_no_array_of_the_caller_and_one_changes_nothing(trained: dict[str, Path]) -> None:
+    adapter = Adapter.load(trained["vefa"])
+    before = {name: array.copy() for name, array in adapter.tensors().items()}
+    half = with_strength(adapter, 0.5)
+    assert with_strength(adapter, 1.0) is adapter
+    assert all(np.array_equal(array, before[name]) for name, array in adapter.tensors().items())
+    assert half.modules is adapter.modules, "a head has no in-between"
+    assert with_strength(half, 0.5).training["strength"] == 0.25
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number(strength: float, trained: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="strength"):
+        with_strength(Adapter.load(trained["vefa"]), strength)
+
+
+def test_both_sides_do_not_convert(trained: dict[str, Path]) -> None:
+    import dataclasses
+
+    lorfa = Adapter.load(trained["lorfa"])
+    site, edit = next(iter(lorfa.edits.items()))
+    both = dataclasses.replace(edit, output_low_rank=edit.input_low_rank)
+    with pytest.raises(EditError, match="both sides"):
+        to_lora(dataclasses.replace(lorfa, edits={site: both}))
+
+
+def test_the_command(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    for to, name in (("safetensors", "a.safetensors"), ("pt", "a.pt"), ("peft", "a"), ("lora", "b")):
+        result = cli("convert", trained["lorfa"], "--to", to, "-o", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert Adapter.load(tmp_path / name).method == ("lora" if to == "lora" else "lorfa")
+    wrong = cli("convert", trained["lorfa"], "--to", "lora", "-o", tmp_path / "c.pt")
+    assert wrong.returncode == 2
+    assert "a name without a suffix" in wrong.stderr
+    refused = cli("convert", trained["vefa"], "--to", "lora", "-o", tmp_path / "d")
+    assert refused.returncode == 2
+    assert "full rank" in refused.stderr
+    assert not (tmp_path / "d").exists()
