@@ -181,7 +181,7 @@ def _operator(node: ir.Node, k: int, *, conv: bool) -> Norm | None:
     """A norm that is one node."""
     if not conv and node.attributes.get_int("axis", -1) != -1:
         return None
-    if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode", 0):
+    if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode", 0) != 0:
         return None
     # a node with further outputs (mean, running statistics) computes them from the input: they do not change
     if not _is_vector(node.inputs[1], k, 0):

@@ -153,8 +153,8 @@ def _name_weights(model: ir.Model) -> None:
 
 
 def _equal(first: ir.Value, second: ir.Value) -> bool:
-    tensors = first.const_value, second.const_value
-    return all(tensor is not None for tensor in tensors) and np.array_equal(*(t.numpy() for t in tensors if t))
+    one, other = first.const_value, second.const_value
+    return one is not None and other is not None and bool(np.array_equal(one.numpy(), other.numpy()))
 
 
 def _module_path(node: ir.Node) -> str | None:
