@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deployfa.cli.console import print_json, progress_bar, show
+from deployfa.cli.console import print_json, progress_bar, recorded, show
 from deployfa.cli.options import Force, Json, ModelOption, Threads, parse_shapes
 
 __all__ = ["bench"]
@@ -62,7 +62,7 @@ def bench(
         )
     report = forget_scratch(report, Path(scratch))
     for bundle, summary in summaries(opened, report):
-        bundle.record(bench=summary)
+        recorded(bundle, bench=summary)
     if json:
         print_json(report)
     else:

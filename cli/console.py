@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["done", "print_json", "progress_bar", "show", "spinner", "warn"]
+    from deployfa.bundle import Bundle
+
+__all__ = ["done", "print_json", "progress_bar", "recorded", "show", "spinner", "warn"]
 
 
 def show(*parts: RenderableType) -> None:
     """Tables and text on standard output; full width when it is not a terminal, so that no column is cut."""
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    # texts, labels and paths are data: '[/b]' or ':smile:' in them is no markup of ours
+    width = None if sys.stdout.isatty() else 200
+    console = Console(width=width, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), highlight=False)
 
@@ -35,6 +39,16 @@ def warn(messages: Iterable[str]) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
+def recorded(bundle: Bundle, **summary: dict[str, Any]) -> None:
+    """Put a summary into the bundle's manifest; a bundle on a read-only disk is worth a warning, not the result."""
+    from deployfa.errors import StorageError
+
+    try:
+        bundle.record(**summary)
+    except StorageError as error:
+        warn([f"the manifest does not keep this result: {error}"])
+
+
 def done(message: str) -> None:
     """A closing line on standard error, so that ``--json`` stays clean."""
     print(message, file=sys.stderr)
@@ -45,7 +59,7 @@ def spinner(text: str) -> Iterator[Callable[[str], None]]:
     """A line that says what is going on; yields the function that changes it.  Plain lines without a terminal."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda message: print(f"· {message}", file=sys.stderr)
         return
@@ -60,7 +74,7 @@ def progress_bar() -> Iterator[Callable[[str, float, float], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, Any] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deployfa.cli.console import print_json, show, spinner
+from deployfa.cli.console import print_json, recorded, show, spinner
 from deployfa.cli.options import Json, ModelOption
 
 __all__ = ["verify"]
@@ -35,7 +35,7 @@ def verify(
     rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
     with spinner("verifying") as status:
         report = run_verify(opened, rows=rows, model=model, use_torch=torch, status=status)
-    opened.record(parity=report.summary())
+    recorded(opened, parity=report.summary())
     if json:
         print_json(report)
     else:

@@ -21,10 +21,21 @@ __all__ = ["check_output", "storage_errors", "write_directory", "write_file"]
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Raise ``OutputExistsError`` before long work starts, not after it."""
+def check_output(path: Path, *, force: bool, holding: str | None = None) -> None:
+    """Raise ``OutputExistsError`` before long work starts, not after it.
+
+    ``force`` replaces what is there, but never the folder that one stands in, nor one above it; with ``holding``, only
+    an empty folder or one that holds a file of that name, so that a slip costs nobody's files: ``StorageError``.
+    """
     if path.exists() and not force:
         raise OutputExistsError(path)
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise StorageError(f"'{path}' holds the folder you are in and is never replaced; pass another --out")
+    if holding is None or not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / holding).is_file()):
+        raise StorageError(f"'{path}' is not a folder with {holding}, so --force leaves it alone; pass another --out")
 
 
 @contextlib.contextmanager
@@ -76,6 +87,8 @@ def _aside(path: Path, *, force: bool) -> Iterator[Path]:
         _remove(partial)
         try:
             yield partial
+            # again: another process may have written the same output meanwhile
+            check_output(path, force=force)
             _swap(partial, path)
         except OSError as error:
             _remove(partial)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,9 +22,9 @@ from filelock import FileLock
 from deployfa.adapter import Adapter
 from deployfa.atomic import write_directory
 from deployfa.bundle.bundle import sha256_file, versions
-from deployfa.cache import cache_dir
+from deployfa.cache import CACHE_VARIABLE, cache_dir
 from deployfa.edits import Array
-from deployfa.errors import ExportError, InputError, MissingExtraError
+from deployfa.errors import ExportError, InputError, MissingExtraError, StorageError
 from deployfa.graph.evaluate import evaluate
 from deployfa.graph.storage import GRAPH, load_graph, save_graph
 from deployfa.preprocess import TOKENIZER_FILES
@@ -44,6 +45,9 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     max_length: int
     versions: dict[str, str]
     export_error: float
+    labels: list[str]
+    #: sha256 of every other file in the folder
+    files: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,7 @@ class BaseGraph:
     entry: _Entry
     warnings: tuple[str, ...]
     made_now: bool
+    name: str
 
     def load(self) -> ir.Model:
         return load_graph(self.folder / GRAPH)
@@ -65,6 +70,11 @@ class BaseGraph:
     @property
     def architecture(self) -> str:
         return self.entry.architecture
+
+    @property
+    def labels(self) -> list[str]:
+        """The checkpoint's own names for its outputs, in order."""
+        return self.entry.labels
 
     @property
     def max_length(self) -> int:
@@ -117,26 +127,27 @@ def _cached(adapter: Adapter, source: Path | None) -> BaseGraph | None:
         return None
     if source is not None and _sources(source) != entry.sources:
         return None
-    return BaseGraph(folder, entry, (), made_now=False)
+    name = str(source.resolve()) if source is not None and source.is_dir() else str(source or adapter.base.name)
+    return BaseGraph(folder, entry, (), made_now=False, name=name)
 
 
 def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
     try:
-        from deployfa.training.base import base_fingerprint, load_base
+        from deployfa.training.base import base_fingerprint, load_base_of
     except ModuleNotFoundError as error:
         purpose = "exporting a base model that is not in the cache"
         raise MissingExtraError(error.name or "torch", "train", purpose) from error
 
-    base = load_base(name, adapter.base.task, labels=adapter.labels or ("LABEL_0", "LABEL_1"))
+    base = load_base_of(adapter, name)
     fingerprint = base_fingerprint(base.model, without=list(adapter.modules))
     warning = adapter.check_base(fingerprint, allow_mismatch=allow_mismatch)
     warnings = (warning,) if warning else ()
     folder = _folder(adapter, fingerprint)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_cache(folder.parent)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         entry = _read(folder)
         if entry is not None:
-            return BaseGraph(folder, entry, warnings, made_now=False)
+            return BaseGraph(folder, entry, warnings, made_now=False, name=base.name)
         from deployfa.training.base_graph import export_base_graph, probe
         from deployfa.training.tokenizer import save_tokenizer
 
@@ -152,9 +163,11 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
                 max_length=base.max_length,
                 versions=versions(),
                 export_error=export_error,
+                labels=_label_names(base.model.config),
+                files={file.name: sha256_file(file) for file in sorted(partial.iterdir())},
             )
             (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))
-    return BaseGraph(folder, entry, warnings, made_now=True)
+    return BaseGraph(folder, entry, warnings, made_now=True, name=base.name)
 
 
 def _check(graph: ir.Model, feeds: dict[str, Array], truth: Array, single: Array) -> float:
@@ -187,10 +200,25 @@ def _read(folder: Path) -> _Entry | None:
     if not file.is_file():
         return None
     try:
-        return msgspec.json.decode(file.read_bytes(), type=_Entry)
+        entry = msgspec.json.decode(file.read_bytes(), type=_Entry)
     except (msgspec.DecodeError, msgspec.ValidationError):
         # written by another version, or damaged: made again
         return None
+    whole = all((folder / name).is_file() and sha256_file(folder / name) == h for name, h in entry.files.items())
+    return entry if whole else None
+
+
+def _make_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the cache '{folder}' ({error.strerror}); set {CACHE_VARIABLE} to a folder that you may write"
+        ) from error
+
+
+def _label_names(config: Any) -> list[str]:
+    return [str(config.id2label[number]) for number in range(int(config.num_labels))]
 
 
 def _sources(model: Path) -> dict[str, str]:

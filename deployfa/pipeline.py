@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def export(
         raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
     if optimize != "auto" and optimize not in FUSIONS:
         raise InputError(f"no fusion '{optimize}'; use auto or one of: {', '.join(FUSIONS)}")
-    check_output(out, force=force)
+    check_output(out, force=force, holding=MANIFEST)
     plan, base = plan_adapter(
         adapter,
         model=model,
@@ -132,7 +133,8 @@ def export(
 def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:
     """The base graph of ``bundle``, same head and same fusion but no edits, written to ``folder``: what its latency is
     compared with."""
-    adapter = Adapter.load(bundle.adapter)
+    # the manifest's base is the one it was exported on, also where a mismatch was allowed
+    adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
     base = base_graph(adapter, model=model)
     plain = without_edits(adapter)
     graph = base.load()
@@ -172,7 +174,7 @@ def _manifest(
         format=FORMAT,
         target=target,
         base=BaseReference(
-            name=adapter.base.name,
+            name=base.name,
             fingerprint=base.fingerprint,
             architecture=base.architecture,
             task=adapter.base.task,
@@ -201,7 +203,7 @@ def _manifest(
             noise=noise.relative,
             noise_max_abs=noise.max_abs,
         ),
-        labels=list(adapter.labels),
+        labels=list(adapter.labels or base.labels),
         versions=versions(),
         files={file.name: sha256_file(file) for file in files},
         warnings=list(base.warnings),

@@ -49,6 +49,8 @@ class Predictor:
         """Answers in the order of ``texts``, once all are there: rows are batched by length."""
         logits = self.logits(texts, batch_size=batch_size)
         labels = self._labels or [f"LABEL_{number}" for number in range(logits.shape[-1])]
+        if len(labels) != logits.shape[-1]:
+            raise BundleError(f"the bundle names {len(labels)} labels for {logits.shape[-1]} outputs; export it again")
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         for text, row in zip(texts, shifted / shifted.sum(-1, keepdims=True), strict=True):
             scores = {label: float(p) for label, p in zip(labels, row, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deployfa.edits import Array
-from deployfa.errors import BundleError, MissingExtraError
+from deployfa.errors import BundleError, InputError, MissingExtraError
 
 __all__ = ["TOKENIZER_FILES", "TextPreprocessor"]
 
@@ -29,7 +29,10 @@ class TextPreprocessor:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise BundleError(f"'{folder}' has no tokenizer.json; save the model's fast tokenizer there")
-        self._tokenizer: Any = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise BundleError(f"'{file}' is no tokenizer ({error}); save the model's fast tokenizer there") from error
         self.max_length = max_length
         pad_token = _pad_token(folder)
         pad_id = self._tokenizer.token_to_id(pad_token) if pad_token else None
@@ -42,7 +45,7 @@ class TextPreprocessor:
 
         Padded to the longest row, or to ``length`` tokens if that is longer.
         """
-        encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._encode(texts)
         feeds = {
             "input_ids": np.array([e.ids for e in encodings], dtype=np.int64),
             "attention_mask": np.array([e.attention_mask for e in encodings], dtype=np.int64),
@@ -58,7 +61,14 @@ class TextPreprocessor:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation and without padding."""
-        return [int(sum(e.attention_mask)) for e in self._tokenizer.encode_batch(list(texts))]
+        return [int(sum(e.attention_mask)) for e in self._encode(texts)]
+
+    def _encode(self, texts: Sequence[str]) -> Any:
+        for number, text in enumerate(texts, start=1):
+            # bytes of a command line that are not UTF-8 arrive as lone surrogates
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"text {number} is not valid UTF-8; write it as UTF-8")
+        return self._tokenizer.encode_batch(list(texts))
 
 
 def _pad_token(folder: Path) -> str | None:

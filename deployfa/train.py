@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from deployfa.atomic import check_output, storage_errors, write_directory
+from deployfa.bundle.bundle import sha256_file
 from deployfa.data import Row, label_ids, label_names, read_rows
-from deployfa.errors import DataError, InputError, MissingExtraError
+from deployfa.errors import DataError, InputError, MissingExtraError, StorageError
 from deployfa.metrics import Scores
 
 __all__ = ["TrainReport", "train"]
@@ -52,7 +53,10 @@ def train(
     ``options`` are those of ``deployfa.training.options.FitOptions``.  Checkpoints lie in ``OUT.work`` while it runs,
     and stay there if it is killed, for ``resume``.  ``out`` is an adapter file, or for full fine-tuning a directory.
     """
-    check_output(out, force=force)
+    kept = ("config.json" if options.get("method") == "full" else "adapter_config.json") if out.suffix == "" else None
+    check_output(out, force=force, holding=kept)
+    if not out.name:
+        raise InputError(f"'{out}' is no name for an adapter; pass --out vefa.pt")
     # files first: importing PyTorch takes seconds that a typo should not cost
     rows = read_rows(train_file)
     labels = label_names(rows)
@@ -74,6 +78,14 @@ def train(
     work = out.with_name(f"{out.name}.work")
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
+    with storage_errors(work):
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(
+                f"'{work.parent}' is not a folder, so '{out}' cannot be made; pass another --out"
+            ) from error
+        _same_request(work, chosen, str(model), train_file)
     with tempfile.TemporaryDirectory(prefix="deployfa-tokenizer-") as folder, storage_errors(work):
         save_tokenizer(model, Path(folder))
         trained = fit(
@@ -107,6 +119,24 @@ def train(
         scores=trained.scores,
         options=msgspec.to_builtins(chosen),
     )
+
+
+def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: Path) -> None:
+    """Note in ``work`` what is trained; raises ``InputError`` if what lies there is the start of something else."""
+    wanted = {**msgspec.to_builtins(options), "model": model, "rows": sha256_file(train_file)}
+    file = work / "request.json"
+    if file.is_file():
+        try:
+            found = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            found = {}
+        other = sorted(name for name in wanted if found.get(name) != wanted[name])
+        if other:
+            raise InputError(
+                f"the checkpoint in '{work}' was made with another {other[0].replace('_', '-')}; repeat the options of "
+                "the killed run, or leave --resume out to start anew"
+            )
+    file.write_bytes(msgspec.json.encode(wanted))
 
 
 def _domains(

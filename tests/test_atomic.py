@@ -194,3 +194,35 @@ def test_full_disk_keeps_what_force_would_have_replaced(small_disk):
     with pytest.raises(StorageError):
         Adapter("vefa", {"fc": Edit(lam=np.ones(400_000, np.float32))}).save(out, force=True)
     assert out.read_bytes() == before and listing(small_disk) == [out.name]
+
+
+@pytest.mark.parametrize("where", [".", "..", "../.."])
+def test_force_never_replaces_the_folder_one_stands_in(tmp_path, monkeypatch, where):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    with pytest.raises(StorageError, match="holds the folder you are in"), write_directory(Path(where), force=True):
+        raise AssertionError("must not get here")
+    assert inner.is_dir()
+
+
+def test_force_replaces_only_what_it_could_have_made(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for name in ("thesis", "file"):
+        with pytest.raises(StorageError, match=r"not a folder with manifest\.json"):
+            check_output(tmp_path / name, force=True, holding="manifest.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "thesis" / "manifest.json").write_text("{}")
+    for name in ("empty", "thesis", "new"):
+        check_output(tmp_path / name, force=True, holding="manifest.json")
+
+
+@pytest.mark.parametrize("write", [write_file, write_directory])
+def test_an_output_that_another_process_made_meanwhile_is_kept(tmp_path, write):
+    out = tmp_path / "out"
+    with pytest.raises(OutputExistsError), write(out) as partial:
+        (partial if write is write_file else partial / "a").write_text("late")
+        out.write_text("first")
+    assert listing(tmp_path) == ["out"] and out.read_text() == "first"

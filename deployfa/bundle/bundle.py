@@ -13,6 +13,7 @@ import msgspec
 from deployfa.atomic import write_file
 from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest
 from deployfa.errors import BundleError
+from deployfa.preprocess import TOKENIZER_FILES
 
 __all__ = ["Bundle", "sha256_file", "versions", "write_manifest"]
 
@@ -43,9 +44,23 @@ class Bundle:
         if manifest.format != FORMAT:
             raise BundleError(f"'{path}' has format {manifest.format}, this deployfa reads {FORMAT}; export it again")
         bundle = cls(path, manifest)
+        bundle._check_names()
         for name, digest in manifest.files.items():
             bundle._check(name, digest if check_files else None)
         return bundle
+
+    def _check_names(self) -> None:
+        """What is read must be among the files whose sha256 the manifest vouches for."""
+        manifest = self.manifest
+        needed = (manifest.graph.file, manifest.reference.file, self.adapter.name)
+        optional = (f"{manifest.graph.file}.data", *TOKENIZER_FILES)
+        for name in (*needed, *(name for name in optional if (self.path / name).exists())):
+            if name not in manifest.files:
+                raise BundleError(f"'{self.path}': the manifest vouches for no '{name}'; export the bundle again")
+        if len(set(manifest.labels)) != len(manifest.labels):
+            raise BundleError(f"'{self.path}' names a label twice; export the bundle again")
+        if manifest.preprocessing.max_length < 1:
+            raise BundleError(f"'{self.path}' has max_length {manifest.preprocessing.max_length}; export it again")
 
     def _check(self, name: str, digest: str | None) -> None:
         file = (self.path / name).resolve()

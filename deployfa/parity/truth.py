@@ -103,10 +103,10 @@ def torch_truth(
     """
     import torch
 
-    from deployfa.training.base import load_base
+    from deployfa.training.base import load_base_of
     from deployfa.training.reference import check_base, load_adapted
 
-    base = load_base(model, adapter.base.task, labels=adapter.labels or ("LABEL_0", "LABEL_1"))
+    base = load_base_of(adapter, model)
     warning = check_base(base, adapter, allow_mismatch=allow_mismatch)
     double = _run(load_adapted(base, adapter, dtype=torch.float64), cases)
     bases = _run(load_adapted(base, adapter, dtype=torch.float32, edits=False), cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,9 +56,9 @@ def verify(
     preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
     cases = text_cases(preprocessor, [row.text for row in rows] if rows else SENTENCES)
     say(f"computing the truth in PyTorch float64 ({sum(len(c.feeds['input_ids']) for c in cases)} rows)")
-    cases, noise, _warning = torch_truth(
-        name, Adapter.load(bundle.adapter), cases, allow_mismatch=bool(manifest.warnings)
-    )
+    # the manifest's base is the one it was exported on, also where a mismatch was allowed
+    adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=manifest.base)
+    cases, noise, _ = torch_truth(name, adapter, cases)
     labels = None
     if rows and all(row.label is not None for row in rows):
         labels = np.array(label_ids(rows, manifest.labels), dtype=np.int64)

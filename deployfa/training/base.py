@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import nn
 
-from deployfa.adapter import fingerprint
+from deployfa.adapter import Adapter, fingerprint
 from deployfa.errors import ExportError, InputError
 
-__all__ = ["TASKS", "Base", "base_fingerprint", "load_base", "quiet"]
+__all__ = ["TASKS", "Base", "base_fingerprint", "load_base", "load_base_of", "quiet"]
 
 #: Task → the transformers class that loads a model for it.
 TASKS = {"text-classification": "AutoModelForSequenceClassification"}
@@ -49,23 +49,25 @@ class Base:
         return min(positions - offset, 512)
 
 
-def load_base(name: str | Path, task: str, *, labels: Sequence[str], seed: int = 0) -> Base:
+def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed: int = 0) -> Base:
     """Load ``name`` (a directory or hub id) for ``task`` with ``len(labels)`` outputs, float32, eval mode.
 
+    ``labels=None`` keeps those of the checkpoint.  The base's name is absolute where it is a directory.
     Modules that the checkpoint lacks are initialised from ``seed``.  Raises ``InputError`` if it cannot be loaded.
     """
     if task not in TASKS:
         raise InputError(f"unknown task '{task}'; known tasks: {', '.join(TASKS)}")
     auto: Any = getattr(transformers, TASKS[task])
     torch.manual_seed(seed)
-    ids = {label: number for number, label in enumerate(labels)}
+    outputs: dict[str, Any] = {}
+    if labels is not None:
+        ids = {label: number for number, label in enumerate(labels)}
+        outputs = {"num_labels": len(labels), "label2id": ids, "id2label": {n: label for label, n in ids.items()}}
     try:
         with quiet():
             model, loading = auto.from_pretrained(
                 str(name),
-                num_labels=len(labels),
-                label2id=ids,
-                id2label={number: label for label, number in ids.items()},
+                **outputs,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -78,7 +80,46 @@ def load_base(name: str | Path, task: str, *, labels: Sequence[str], seed: int =
         ) from error
     missing = set(loading["missing_keys"]) | {key[0] for key in loading["mismatched_keys"]}
     fresh = sorted({key.rpartition(".")[0] for key in missing})
-    return Base(model.eval(), str(name), task, tuple(fresh))
+    # a relative path would mean something else in another directory
+    known = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    return Base(model.eval(), known, task, tuple(fresh))
+
+
+def load_base_of(adapter: Adapter, name: str | Path) -> Base:
+    """``load_base`` with as many outputs as ``adapter`` was trained for.
+
+    An adapter that names no labels (a checkpoint of plain PEFT) has as many as its own head, or as the checkpoint's.
+    Raises ``InputError`` if neither the checkpoint nor the adapter brings a module that the model needs, and
+    ``BaseMismatchError`` if that is because it is another base.
+    """
+    base = load_base(name, adapter.base.task, labels=adapter.labels or None)
+    if not adapter.labels:
+        count = _outputs(base.model, adapter)
+        if count is not None:
+            base = load_base(name, adapter.base.task, labels=[f"LABEL_{number}" for number in range(count)])
+    lost = [path for path in base.fresh_modules if path not in adapter.modules]
+    if lost:
+        # another base explains it better
+        adapter.check_base(base_fingerprint(base.model, without=list(adapter.modules)))
+        raise InputError(
+            f"neither '{name}' nor the adapter has weights for '{lost[0]}', so it would answer at random; train the "
+            "adapter with that module in modules_to_save"
+        )
+    return base
+
+
+def _outputs(model: nn.Module, adapter: Adapter) -> int | None:
+    """How many outputs the adapter's own head has: the rows of the one array that has another number than the model's,
+    ``None`` if all are alike."""
+    own = model.state_dict()
+    for path, parameters in adapter.modules.items():
+        for name, array in parameters.items():
+            tensor = own.get(f"{path}.{name}")
+            if tensor is None or not array.ndim or tuple(tensor.shape[1:]) != array.shape[1:]:
+                continue
+            if tensor.shape[0] != array.shape[0]:
+                return int(array.shape[0])
+    return None
 
 
 def base_fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:

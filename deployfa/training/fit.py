@@ -64,9 +64,12 @@ def fit(
     """
     started = time.monotonic()
     device = _device(options)
-    options = msgspec.structs.replace(options, precision=_precision(options, device))
     transformers.set_seed(options.seed)
     base = load_base(base_name, task, labels=labels, seed=options.seed)
+    # texts cannot be longer than the positions that the model knows
+    options = msgspec.structs.replace(
+        options, precision=_precision(options, device), max_length=min(options.max_length, base.max_length)
+    )
     preprocessor = TextPreprocessor(tokenizer, max_length=options.max_length)
     names = _input_names(base.model)
     collate = functools.partial(pad_batch, pad_id=_pad_id(base.model), names=names)
@@ -198,9 +201,20 @@ class _Report(transformers.TrainerCallback):
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The newest checkpoint that is whole: the Trainer writes ``trainer_state.json`` last, so a kill before it leaves a
+    folder that cannot be resumed from."""
+    for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            msgspec.json.decode((folder / "trainer_state.json").read_bytes())
+        except (OSError, msgspec.DecodeError):
+            continue
+        return str(folder)
+    return None
 
-    return get_last_checkpoint(str(work)) if work.is_dir() else None
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def _device(options: FitOptions) -> str:

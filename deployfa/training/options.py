@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -35,8 +36,12 @@ class FitOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "batch_size", "rank", "max_length"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0 and finite")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha):
+            raise InputError(f"alpha is {self.alpha}; it must be finite and not 0, or nothing is trained")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must lie in [0, 2**32)")
 
     @property
     def scaled_alpha(self) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.errors import SiteError
-from deployfa.training.base import Base, base_fingerprint, load_base
+from deployfa.training.base import Base, base_fingerprint, load_base_of
 
 __all__ = ["adapted_model", "attach", "load_adapted"]
 
@@ -25,7 +25,7 @@ __all__ = ["adapted_model", "attach", "load_adapted"]
 def adapted_model(adapter: str | Path, model: str | Path | None = None) -> nn.Module:
     """Adapter file + base model → a float32 PyTorch model in eval mode (for ``bench --against torch``)."""
     loaded = Adapter.load(adapter)
-    base = load_base(model or loaded.base.name, loaded.base.task, labels=loaded.labels)
+    base = load_base_of(loaded, model or loaded.base.name)
     return load_adapted(base, loaded, dtype=torch.float32)
 
 

@@ -98,3 +98,25 @@ def test_verify_with_torch_prints_every_stage(cli, bundles: dict[str, Path], sma
     assert result.returncode == 0, result.stdout + result.stderr
     for part in ("PyTorch float32", "optimisations off", "as deployed", "McNemar", "PASS"):
         assert part in result.stdout
+
+
+def test_texts_are_no_markup(cli, bundles: dict[str, Path]) -> None:
+    text = "[/b] a [bold]fine[/] film :smile:"
+    result = cli("run", bundles["folded"], "--text", text)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip().endswith(text)
+
+
+def test_a_bundle_on_a_read_only_disk_is_verified_with_a_warning(cli, bundles: dict[str, Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounts = (["--bind", str(bundles["folded"]), str(disk)], ["-o", "remount,ro,bind", str(disk)])
+    if any(subprocess.run(["mount", *each], capture_output=True).returncode for each in mounts):
+        subprocess.run(["umount", str(disk)], capture_output=True)
+        pytest.skip("this user may not mount")
+    try:
+        result = cli("verify", disk, "--no-torch")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert result.returncode == 0, result.stderr
+    assert "PASS" in result.stdout and "warning: the manifest does not keep this result" in result.stderr

@@ -13,11 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from deployfa.adapter import Adapter
-from deployfa.errors import DataError, InputError
+from deployfa.errors import DataError, InputError, StorageError
 from deployfa.models import load_recipe
-from deployfa.train import train
+from deployfa.train import _same_request, train
+from deployfa.training.fit import _last_checkpoint
 from deployfa.training.options import FitOptions
 
 SITES = load_recipe("minilm").sites
@@ -146,3 +148,60 @@ def test_asking_for_a_missing_gpu_is_an_error(small_data: dict[str, Path], minil
 def test_the_report_is_json(trained: dict[str, Path]) -> None:
     training = Adapter.load(trained["lora"]).training
     assert msgspec.json.decode(msgspec.json.encode(training)) == training
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": float("inf")}, {"learning_rate": float("nan")}, {"alpha": 0.0}, {"seed": -1}, {"seed": 2**32}]
+)
+def test_hyperparameters_that_no_training_can_have(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(InputError, match=name.replace("_", "-")):
+        FitOptions(**{"method": "vefa", "learning_rate": 1e-3, **wrong})
+
+
+def test_only_a_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
+    """A kill while the Trainer writes one leaves a folder without its last file."""
+    assert _last_checkpoint(tmp_path / "nothing") is None
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert _last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"epo')
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{}")
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+
+
+def test_another_request_is_not_resumed(tmp_path: Path) -> None:
+    rows = tmp_path / "t.csv"
+    rows.write_text("text,label\n")
+    options = FitOptions(method="vefa", learning_rate=1e-3)
+    _same_request(tmp_path, options, "model", rows)
+    _same_request(tmp_path, options, "model", rows)
+    with pytest.raises(InputError, match="another epochs"):
+        _same_request(tmp_path, msgspec.structs.replace(options, epochs=9), "model", rows)
+    with pytest.raises(InputError, match="another model"):
+        _same_request(tmp_path, options, "other", rows)
+    rows.write_text("text,label\nx,y\n")
+    with pytest.raises(InputError, match="another rows"):
+        _same_request(tmp_path, options, "model", rows)
+
+
+def test_an_output_inside_a_file_is_refused_before_training(small_data: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is not a folder"):
+        _train(tmp_path / "file" / "a.pt", small_data, tmp_path / "no-model")
+
+
+def test_texts_longer_than_the_models_positions_are_cut(minilm_dir: Path, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(minilm_dir).save_pretrained(tmp_path / "model")
+    words = "\n".join(f"{'good film ' * 40},{label}" for label in ("yes", "no") * 8)
+    (tmp_path / "t.csv").write_text(f"text,label\n{words}\n")
+    _train(tmp_path / "a.pt", {"movies_train": tmp_path / "t.csv"}, tmp_path / "model", sites="all-linear")
+    assert Adapter.load(tmp_path / "a.pt").training["options"]["max_length"] == 24
