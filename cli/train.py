@@ -101,4 +101,5 @@ def train(
         table.add_row(name, f"{scores.rows:,}", *figures)
     if report.scores:
         show(table)
-    done(f"wrote '{report.out}' after {report.seconds:.0f} s of training; next: deployfa export --adapter {report.out}")
+    following = "pass it as --model" if report.method == "full" else f"deployfa export --adapter {report.out}"
+    done(f"wrote '{report.out}' after {report.seconds:.0f} s of training; next: {following}")

@@ -64,12 +64,14 @@ def train(
         raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
     domains = _domains(eval_file, shifted_files, labels)
     try:
+        from deployfa.training.base import label_order
         from deployfa.training.fit import fit
         from deployfa.training.options import FitOptions
         from deployfa.training.tokenizer import save_tokenizer
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "training") from error
 
+    labels = label_order(model, labels)
     chosen = FitOptions(**options)
     if chosen.method == "full" and out.suffix:
         raise InputError(f"full fine-tuning writes a model directory; give --out without '{out.suffix}'")

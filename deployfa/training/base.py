@@ -17,7 +17,7 @@ from torch import nn
 from deployfa.adapter import Adapter, fingerprint
 from deployfa.errors import ExportError, InputError
 
-__all__ = ["TASKS", "Base", "base_fingerprint", "load_base", "load_base_of", "quiet"]
+__all__ = ["TASKS", "Base", "base_fingerprint", "label_order", "load_base", "load_base_of", "quiet"]
 
 #: Task → the transformers class that loads a model for it.
 TASKS = {"text-classification": "AutoModelForSequenceClassification"}
@@ -83,6 +83,21 @@ def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed
     # a relative path would mean something else in another directory
     known = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
     return Base(model.eval(), known, task, tuple(fresh))
+
+
+def label_order(name: str | Path, labels: Sequence[str]) -> list[str]:
+    """``labels`` in the order of the checkpoint's own outputs, if it has a head for just these; else as they are.
+
+    A head that was trained to say {0: POSITIVE, 1: NEGATIVE} must not be trained on with the two swapped.
+    """
+    try:
+        with quiet():
+            config: Any = transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        # load_base says what is wrong with it
+        return list(labels)
+    own = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    return own if sorted(own) == sorted(labels) else list(labels)
 
 
 def load_base_of(adapter: Adapter, name: str | Path) -> Base:

@@ -205,3 +205,14 @@ def test_texts_longer_than_the_models_positions_are_cut(minilm_dir: Path, tmp_pa
     (tmp_path / "t.csv").write_text(f"text,label\n{words}\n")
     _train(tmp_path / "a.pt", {"movies_train": tmp_path / "t.csv"}, tmp_path / "model", sites="all-linear")
     assert Adapter.load(tmp_path / "a.pt").training["options"]["max_length"] == 24
+
+
+def test_a_head_that_is_there_keeps_the_order_of_its_labels(tmp_path: Path) -> None:
+    import transformers
+
+    from deployfa.training.base import label_order
+
+    transformers.BertConfig(id2label={0: "positive", 1: "negative"}).save_pretrained(tmp_path)
+    assert label_order(tmp_path, ["negative", "positive"]) == ["positive", "negative"]
+    assert label_order(tmp_path, ["bad", "good"]) == ["bad", "good"]
+    assert label_order(tmp_path / "nowhere", ["bad", "good"]) == ["bad", "good"]
