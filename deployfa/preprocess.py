@@ -53,11 +53,15 @@ class TextPreprocessor:
         }
         width = feeds["input_ids"].shape[1]
         if length is not None and length > width:
-            pad_id = int(self._tokenizer.padding["pad_id"])
             for name, array in feeds.items():
-                fill = pad_id if name == "input_ids" else 0
+                fill = self.pad_id if name == "input_ids" else 0
                 feeds[name] = np.pad(array, ((0, 0), (0, length - width)), constant_values=fill)
         return feeds
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that fills up a row."""
+        return int(self._tokenizer.padding["pad_id"])
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation and without padding."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
 from pathlib import Path
 
 import msgspec
+
+from deployfa.versions import installed
 
 __all__ = ["Machine", "available_cores", "describe_machine"]
 
@@ -47,7 +48,7 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         load_1min=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         busy_share=_busy_share(),
-        versions=_versions(),
+        versions=installed(_PACKAGES),
     )
 
 
@@ -85,13 +86,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from deployfa.atomic import write_file
 from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest
 from deployfa.errors import BundleError
 from deployfa.preprocess import TOKENIZER_FILES
+from deployfa.versions import installed
 
 __all__ = ["Bundle", "sha256_file", "versions", "write_manifest"]
 
@@ -108,10 +108,4 @@ def sha256_file(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of what shapes a bundle, read without importing any of it."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **installed(_PACKAGES)}

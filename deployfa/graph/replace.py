@@ -12,11 +12,9 @@ from deployfa.errors import EditError, SiteError
 from deployfa.graph.own_weight import set_bias
 from deployfa.graph.sites import Site, module_path
 from deployfa.graph.tensors import cast_once, set_operand
+from deployfa.naming import TRANSPOSED
 
-__all__ = ["TRANSPOSED", "replace_module"]
-
-#: Suffix of an initializer that the exporter transposed; the base-graph export names them so.
-TRANSPOSED = ".T"
+__all__ = ["replace_module"]
 
 
 def replace_module(graph: ir.Graph, sites: Mapping[str, Site], path: str, parameters: Mapping[str, Array]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,10 +11,10 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.errors import SiteError
+from deployfa.naming import SCOPES, module_path_of
 
 __all__ = ["Site", "Use", "find_sites", "module_path"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 #: How a weight lies in the graph: ``dk`` (out, in) as in PyTorch, ``kd`` transposed, ``conv`` (out, in/groups, …).
 Layout = Literal["dk", "kd", "conv"]
 
@@ -119,15 +118,7 @@ class Site:
 
 def module_path(node: ir.Node) -> str | None:
     """The PyTorch module that made ``node``: the last module before the op's own name, ``None`` if not recorded."""
-    text = node.metadata_props.get(_SCOPES)
-    if text is None:
-        return None
-    try:
-        scopes = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        # all that literal_eval documents for a text it cannot take
-        return None
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) >= 2 else None
+    return module_path_of(node.metadata_props.get(SCOPES))
 
 
 def find_sites(model: ir.Model) -> dict[str, Site]:

@@ -19,12 +19,10 @@ from torch import nn
 
 from deployfa.edits import Array
 from deployfa.errors import ExportError
+from deployfa.naming import SCOPES, TRANSPOSED, module_path_of
 from deployfa.training.base import Base, quiet
 
 __all__ = ["export_base_graph", "probe", "sample_inputs"]
-
-_KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
-_TRANSPOSED = ".T"
 
 
 def export_base_graph(base: Base) -> ir.Model:
@@ -121,7 +119,7 @@ def _clean_metadata(model: ir.Model) -> None:
     ]
     owners += [output for node in model.graph.all_nodes() for output in node.outputs]
     for owner in owners:
-        for key in [key for key in owner.metadata_props if key not in _KEPT_METADATA]:
+        for key in [key for key in owner.metadata_props if key != SCOPES]:
             del owner.metadata_props[key]
     model.graph.doc_string = None
 
@@ -137,10 +135,10 @@ def _name_weights(model: ir.Model) -> None:
         if node.op_type != "MatMul" or len(node.inputs) < 2:
             continue
         weight = node.inputs[1]
-        path = _module_path(node)
+        path = module_path_of(node.metadata_props.get(SCOPES))
         if path is None or weight is None or not weight.is_initializer() or not (weight.name or "").startswith("val_"):
             continue
-        name = f"{path}.weight{_TRANSPOSED}"
+        name = f"{path}.weight{TRANSPOSED}"
         first = named.get(name)
         if first is None and name not in model.graph.initializers:
             weight.name = name
@@ -155,10 +153,3 @@ def _name_weights(model: ir.Model) -> None:
 def _equal(first: ir.Value, second: ir.Value) -> bool:
     one, other = first.const_value, second.const_value
     return one is not None and other is not None and bool(np.array_equal(one.numpy(), other.numpy()))
-
-
-def _module_path(node: ir.Node) -> str | None:
-    import ast
-
-    text = node.metadata_props.get(_KEPT_METADATA[0])
-    return str(ast.literal_eval(text)[-2]) if text else None

@@ -22,6 +22,7 @@ from deployfa.errors import InputError
 from deployfa.metrics import Labels, Scores, score
 from deployfa.preprocess import TextPreprocessor
 from deployfa.training.base import Base, load_base, quiet
+from deployfa.training.base_graph import sample_inputs
 from deployfa.training.capture import capture, head_only
 from deployfa.training.encode import EncodedRows, pad_batch
 from deployfa.training.options import FitOptions
@@ -71,8 +72,8 @@ def fit(
         options, precision=_precision(options, device), max_length=min(options.max_length, base.max_length)
     )
     preprocessor = TextPreprocessor(tokenizer, max_length=options.max_length)
-    names = _input_names(base.model)
-    collate = functools.partial(pad_batch, pad_id=_pad_id(base.model), names=names)
+    names = list(sample_inputs(base.model))
+    collate = functools.partial(pad_batch, pad_id=preprocessor.pad_id, names=names)
     model = _with_adapter(base, options)
     rows = EncodedRows(preprocessor, [row.text for row in train], label_ids(train, labels))
     trainer = transformers.Trainer(
@@ -234,14 +235,3 @@ def _precision(options: FitOptions, device: str) -> Literal["fp32", "bf16"]:
     except OSError:
         return "fp32"
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
-def _input_names(model: nn.Module) -> list[str]:
-    config: Any = model.config
-    names = ["input_ids", "attention_mask"]
-    return [*names, "token_type_ids"] if int(getattr(config, "type_vocab_size", 0) or 0) > 1 else names
-
-
-def _pad_id(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(getattr(config, "pad_token_id", None) or 0)

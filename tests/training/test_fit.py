@@ -216,3 +216,27 @@ def test_a_head_that_is_there_keeps_the_order_of_its_labels(tmp_path: Path) -> N
     assert label_order(tmp_path, ["negative", "positive"]) == ["positive", "negative"]
     assert label_order(tmp_path, ["bad", "good"]) == ["bad", "good"]
     assert label_order(tmp_path / "nowhere", ["bad", "good"]) == ["bad", "good"]
+
+
+@pytest.mark.slow
+def test_training_pads_as_the_bundle_will(
+    small_data: dict[str, Path], minilm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer says what fills up a row; a config that says otherwise (5) would pad another way in training."""
+    import shutil
+
+    from deployfa.training import fit
+
+    model = Path(shutil.copytree(minilm_dir, tmp_path / "model"))
+    config = msgspec.json.decode((model / "config.json").read_bytes())
+    (model / "config.json").write_bytes(msgspec.json.encode({**config, "pad_token_id": 5}))
+    seen: set[int] = set()
+    original = fit.pad_batch
+
+    def recorded(rows: Any, *, pad_id: int, names: Any) -> Any:
+        seen.add(pad_id)
+        return original(rows, pad_id=pad_id, names=names)
+
+    monkeypatch.setattr(fit, "pad_batch", recorded)
+    _train(tmp_path / "a.pt", small_data, model)
+    assert seen == {0}
