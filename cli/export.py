@@ -44,7 +44,7 @@ def export(
         str, typer.Option("--optimize", help="auto times every fusion and keeps the fastest; or none, ort, onnxscript.")
     ] = "auto",
     placement: PlacementOption = "auto",
-    prefer: PreferOption = "own-weight",
+    prefer: PreferOption = "smallest-patch",
     require_fold: RequireFold = False,
     strength: StrengthOption = 1.0,
     shapes: Annotated[

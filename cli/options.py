@@ -46,9 +46,9 @@ PlacementOption = Annotated[
     typer.Option("--placement", help="Where edits go; auto and fold use a side op only where a fold is not exact."),
 ]
 PreferOption = Annotated[
-    Literal["own-weight", "smallest-patch"],
+    Literal["smallest-patch", "own-weight"],
     typer.Option(
-        "--prefer", help="Of two exact folds: the layer's own weight, or the norm before it (a smaller update)."
+        "--prefer", help="Among exact folds: the one that changes the fewest bytes, or always the layer's own weight."
     ),
 ]
 StrengthOption = Annotated[

@@ -27,7 +27,7 @@ def plan(
     adapter: AdapterOption,
     model: ModelOption = None,
     placement: PlacementOption = "auto",
-    prefer: PreferOption = "own-weight",
+    prefer: PreferOption = "smallest-patch",
     require_fold: RequireFold = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,

@@ -1,9 +1,9 @@
 """Decide where each edit goes before anything is touched.
 
-A placement is exact or it is refused with a named reason.  ``own weight`` and ``norm`` cost nothing at run time and are
-taken wherever one is exact: the own weight first, because it binds no other site, or the norm first with
-``prefer="smallest-patch"``, because two vectors are a smaller update than a matrix.  A ``side op`` is always exact and
-costs what the plan says.
+A placement is exact or it is refused with a named reason.  ``own weight``, ``norm`` and ``producer`` cost nothing at
+run time and are taken wherever one is exact; among them the one that changes the fewest bytes, or with
+``prefer="own-weight"`` the layer's own weight, which binds no other site.  A ``side op`` is always exact and costs what
+the plan says.
 """
 
 from __future__ import annotations
@@ -17,37 +17,46 @@ import onnx_ir as ir
 from deployfa.adapter import Adapter
 from deployfa.edits import Edit
 from deployfa.errors import PlanError, SiteError
-from deployfa.graph.costs import Cost, norm_cost, own_weight_cost, side_op_cost
-from deployfa.graph.norm import find_norm, norm_output, norm_readers, why_not_norm
+from deployfa.graph.costs import Cost, cheaper_form, own_weight_cost, side_op_cost
+from deployfa.graph.norm import Norm
+from deployfa.graph.own_weight import why_not_own_weight
+from deployfa.graph.side_op import Form, digest
 from deployfa.graph.sites import Site, find_sites
+from deployfa.graph.upstream import Group, Upstream, find_upstream
 
 __all__ = [
     "NORM",
     "OWN_WEIGHT",
+    "PRODUCER",
     "SIDE_OP",
+    "Placement",
     "Plan",
     "PlannedEdit",
     "PlannedModule",
     "Prefer",
     "Preference",
+    "beside",
     "make_plan",
-    "sites_by_node",
-    "why_not_own_weight",
 ]
 
 OWN_WEIGHT: Final = "own weight"
 NORM: Final = "norm"
+PRODUCER: Final = "producer"
 SIDE_OP: Final = "side op"
+Placement = Literal["own weight", "norm", "producer", "side op"]
 Preference = Literal["auto", "fold", "side-op"]
-Prefer = Literal["own-weight", "smallest-patch"]
+Prefer = Literal["smallest-patch", "own-weight"]
 
 
 class PlannedEdit(msgspec.Struct, frozen=True, kw_only=True):
     """Where one edit goes.  Costs are what the placement adds to the base graph, see ``deployfa.graph.costs.Cost``;
-    ``extra_bytes`` is what the graph grows by, ``patch_bytes`` what an update has to ship."""
+    ``extra_bytes`` is what the graph grows by, ``patch_bytes`` what an update has to ship.
+
+    ``into``: what an upstream fold changes; ``form``: where a side op adds a LoRFA's product.
+    """
 
     site: str
-    placement: Literal["own weight", "norm", "side op"]
+    placement: Placement
     reason: str
     extra_flops_per_token: int
     extra_bytes_per_token: int
@@ -57,6 +66,8 @@ class PlannedEdit(msgspec.Struct, frozen=True, kw_only=True):
     out_features: int
     op: str
     uses: int
+    into: str = ""
+    form: Form = "input"
 
 
 class PlannedModule(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +84,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     edits: list[PlannedEdit]
     modules: list[PlannedModule]
     preference: str
+    untie: bool = False
 
     @property
     def extra_flops_per_token(self) -> int:
@@ -94,7 +106,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def folded(self) -> int:
         """Edits that cost nothing at run time."""
-        return self.count(OWN_WEIGHT) + self.count(NORM)
+        return sum(edit.placement != SIDE_OP for edit in self.edits)
 
     def count(self, placement: str) -> int:
         return sum(edit.placement == placement for edit in self.edits)
@@ -105,13 +117,15 @@ def make_plan(
     adapter: Adapter,
     *,
     placement: Preference = "auto",
-    prefer: Prefer = "own-weight",
+    prefer: Prefer = "smallest-patch",
+    untie: bool = False,
     require_fold: bool = False,
 ) -> Plan:
     """Plan every edit and replaced module of ``adapter`` on ``model``; nothing is changed.
 
-    Raises ``SiteError`` for a site or module the graph lacks, ``EditError`` for one that does not fit, and
-    ``PlanError`` with the reasons if ``require_fold`` and some edit cannot fold.
+    ``untie``: give a weight that is tied to the embedding a copy of its own where nothing else folds.  Raises
+    ``SiteError`` for a site or module the graph lacks, ``EditError`` for one that does not fit, and ``PlanError`` with
+    the reasons if ``require_fold`` and some edit cannot fold.
     """
     sites = find_sites(model)
     missing = sorted(set(adapter.edits) - set(sites))
@@ -119,58 +133,121 @@ def make_plan(
         raise SiteError.unknown(missing, sites)
     for path, edit in adapter.edits.items():
         _check_edit(sites[path], edit)
-    in_norms = _norm_sites(sites, adapter.edits, prefer) if placement != "side-op" else {}
-    planned = [_plan_edit(sites[path], edit, placement, in_norms) for path, edit in adapter.edits.items()]
-    if require_fold:
-        refused = [edit for edit in planned if edit.placement == SIDE_OP]
-        if refused:
-            first, more = refused[0], f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-            raise PlanError(
-                f"site '{first.site}'{more} cannot fold: {first.reason}; drop --require-fold to use a side op there"
-            )
-    return Plan(edits=planned, modules=_plan_modules(model, sites, adapter), preference=placement)
-
-
-def sites_by_node(sites: Mapping[str, Site]) -> dict[ir.Node, Site]:
-    """Node → the site that it runs."""
-    return {use.node: site for site in sites.values() for use in site.uses}
-
-
-def _check_edit(site: Site, edit: Edit) -> None:
-    edit.check(site.path, site.in_features, site.out_features, site.kernel)
-    if edit.delta is not None and any(use.pads_first for use in site.uses):
-        raise PlanError(f"site '{site.path}': its module pads with zeros, which δ must not reach; train without δ")
-
-
-def _norm_sites(sites: Mapping[str, Site], edits: Mapping[str, Edit], prefer: Prefer) -> dict[str, bool]:
-    """Sites that fold into their norm → whether the site is the first of its norm.
-
-    A norm is taken or left for all its sites together: taken where the smallest patch is preferred, and where the own
-    weight of one of them is blocked.
-    """
-    nodes = sites_by_node(sites)
-    groups: dict[ir.Value, list[str]] = {}
-    for path in edits:
-        if why_not_norm(sites[path], nodes, edits) is None:
-            groups.setdefault(norm_output(sites[path]), []).append(path)
-    chosen: dict[str, bool] = {}
-    for paths in groups.values():
-        if prefer == "smallest-patch" or any(why_not_own_weight(sites[path], edits[path]) for path in paths):
-            chosen |= {path: number == 0 for number, path in enumerate(paths)}
-    return chosen
-
-
-def _plan_edit(site: Site, edit: Edit, preference: Preference, in_norms: Mapping[str, bool]) -> PlannedEdit:
-    placement: Literal["own weight", "norm", "side op"]
-    if preference == "side-op":
-        placement, reason, cost = SIDE_OP, "asked for with --placement side-op", side_op_cost(site, edit)
-    elif site.path in in_norms:
-        placement, reason, cost = NORM, *_in_norm(site, edit, first=in_norms[site.path])
-    elif (blocked := why_not_own_weight(site, edit)) is not None:
-        placement, reason, cost = SIDE_OP, blocked, side_op_cost(site, edit)
+    if placement == "side-op":
+        planned = _SideOps().plan(sites, dict.fromkeys(adapter.edits, "asked for with --placement side-op"), adapter)
     else:
-        cost = own_weight_cost(site, edit)
-        placement, reason = OWN_WEIGHT, f"folds into its own weight{cost.note}"
+        planned = _plan_folds(model.graph, sites, adapter.edits, prefer, untie)
+    if require_fold:
+        _require_folds(planned)
+    ordered = [planned[path] for path in adapter.edits]
+    return Plan(edits=ordered, modules=_plan_modules(model, sites, adapter), preference=placement, untie=untie)
+
+
+def beside(edits: Mapping[str, Edit], side_ops: set[str]) -> set[str]:
+    """Sites whose output gets something added beside the layer: a fold into their rows would miss it."""
+    return {path for path in side_ops if path in edits and edits[path].output_low_rank is not None}
+
+
+def _plan_folds(
+    graph: ir.Graph, sites: Mapping[str, Site], edits: Mapping[str, Edit], prefer: Prefer, untie: bool
+) -> dict[str, PlannedEdit]:
+    """Every edit: upstream where that is the better fold, into its own weight where it is exact, else a side op."""
+    blocked = {path: why_not_own_weight(sites[path], edit) for path, edit in edits.items()}
+    unfolded = {path for path, reason in blocked.items() if reason is not None}
+    upstream = find_upstream(graph, sites, edits, beside=beside(edits, unfolded))
+    planned: dict[str, PlannedEdit] = {}
+    for path, group in upstream.groups.items():
+        if path in planned or not _better(group, sites, edits, blocked, prefer):
+            continue
+        for number, member in enumerate(group.sites):
+            planned[member] = _upstream(sites[member], group, blocked[member], first=number == 0)
+    side_ops: dict[str, str] = {}
+    for path, edit in edits.items():
+        reason = blocked[path]
+        if reason is not None and untie and sites[path].weight.embeds:
+            reason = why_not_own_weight(sites[path], edit, untie=True)
+        if path in planned:
+            continue
+        if reason is not None:
+            side_ops[path] = _both_reasons(reason, upstream, path, sites[path])
+        else:
+            cost = own_weight_cost(sites[path], edit)
+            planned[path] = _planned(sites[path], OWN_WEIGHT, f"folds into its own weight{cost.note}", cost)
+    return planned | _SideOps().plan(sites, side_ops, edits)
+
+
+def _better(
+    group: Group,
+    sites: Mapping[str, Site],
+    edits: Mapping[str, Edit],
+    blocked: Mapping[str, str | None],
+    prefer: Prefer,
+) -> bool:
+    """Whether a group folds upstream: where one of its own weights cannot, or where that is the smaller patch.
+
+    A group is taken or left for all its sites together.
+    """
+    if any(blocked[path] is not None for path in group.sites):
+        return True
+    if prefer == "own-weight":
+        return False
+    own = [own_weight_cost(sites[path], edits[path]) for path in group.sites]
+    if any(cost.flops for cost in own):
+        return True
+    return group.bytes < sum(cost.patch_bytes for cost in own)
+
+
+def _upstream(site: Site, group: Group, blocked: str | None, *, first: bool) -> PlannedEdit:
+    end = next(path.end for name, path in group.paths if name == site.path)
+    others = len(group.sites) - 1
+    together = f", with {others} more on it" if others else ""
+    if isinstance(end, Norm):
+        placement: Placement = NORM
+        into = end.node.name or end.node.op_type
+        reason = f"folds into its norm{together}"
+    else:
+        placement = PRODUCER
+        into = end.weight.name
+        way = " through attention" if any(op in {"MatMul", "Attention"} for op in group.through) else ""
+        into_what = "scales of the rows" if end.weight.quantised else "rows"
+        reason = f"folds into the {into_what} of the layer before{way}{together}"
+    reason += f"; {blocked}" if blocked else ""
+    cost = Cost(patch_bytes=group.bytes if first else 0)
+    return _planned(site, placement, reason, cost, into=into)
+
+
+def _both_reasons(reason: str, upstream: Upstream, path: str, site: Site) -> str:
+    above = upstream.reasons.get(path)
+    return reason if above is None or above.startswith("low rank") else f"{reason}; {above}"
+
+
+class _SideOps:
+    """Plans side ops; the second of two equal ones on one tensor costs nothing."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, str], str] = {}
+
+    def plan(
+        self, sites: Mapping[str, Site], reasons: Mapping[str, str], edits: Mapping[str, Edit] | Adapter
+    ) -> dict[str, PlannedEdit]:
+        by_site = edits.edits if isinstance(edits, Adapter) else edits
+        return {path: self._one(sites[path], by_site[path], reason) for path, reason in reasons.items()}
+
+    def _one(self, site: Site, edit: Edit, reason: str) -> PlannedEdit:
+        form = cheaper_form(site, edit)
+        key = (id(site.uses[0].input), digest(edit, conv=site.convolves))
+        owner = self._seen.setdefault(key, site.path)
+        cost = side_op_cost(site, edit, form)
+        if owner != site.path and form == "input" and edit.output_low_rank is None:
+            reason, cost = f"{reason}; shares the side op of '{owner}'", Cost()
+        elif form == "output":
+            reason += "; adds the low rank to the output, as (W B)(A x), which is cheaper"
+        return _planned(site, SIDE_OP, reason, cost, form=form)
+
+
+def _planned(
+    site: Site, placement: Placement, reason: str, cost: Cost, *, into: str = "", form: Form = "input"
+) -> PlannedEdit:
     return PlannedEdit(
         site=site.path,
         placement=placement,
@@ -181,46 +258,29 @@ def _plan_edit(site: Site, edit: Edit, preference: Preference, in_norms: Mapping
         patch_bytes=cost.patch_bytes,
         in_features=site.in_features,
         out_features=site.out_features,
-        op=site.uses[0].node.op_type,
+        op=site.op,
         uses=len(site.uses),
+        into=into,
+        form=form,
     )
 
 
-def _in_norm(site: Site, edit: Edit, *, first: bool) -> tuple[str, Cost]:
-    norm = find_norm(site)
-    assert norm is not None  # why_not_norm has looked
-    readers = len(norm_readers(site))
-    blocked = why_not_own_weight(site, edit)
-    reason = "folds into its norm" + (f", with {readers - 1} more on it" if readers > 1 else "")
-    return reason + (f"; {blocked}" if blocked else ""), norm_cost(norm, first=first)
+def _check_edit(site: Site, edit: Edit) -> None:
+    edit.check(site.path, site.in_features, site.out_features, site.kernel)
+    if edit.delta is not None and any(use.pads_first for use in site.uses):
+        raise PlanError(f"site '{site.path}': its module pads with zeros, which δ must not reach; train without δ")
+    if edit.output_low_rank is not None and site.layout == "conv transpose":
+        raise PlanError(f"site '{site.path}': a LoRA of a transposed convolution has no form here; merge it with PEFT")
 
 
-def why_not_own_weight(site: Site, edit: Edit) -> str | None:
-    """The fact that blocks the fold, by name; ``None`` if the fold is exact."""
-    value = site.weight
-    if value.is_graph_input():
-        return "weight is a graph input"
-    if value.const_value is None:
-        return "weight is computed in the graph"
-    if value.dtype is not None and not value.dtype.is_floating_point():
-        return f"weight is quantised ({value.dtype.name.lower()})"
-    if any(node.op_type == "Gather" for node in value.consumers()):
-        return "weight is tied to the embedding"
-    low_rank = edit.input_low_rank is not None or edit.output_low_rank is not None
-    if site.groups != 1 and low_rank:
-        return "low rank before a grouped convolution"
-    if edit.delta is None:
-        return None
-    if any(use.zero_padding for use in site.uses):
-        return "δ before a zero-padded convolution"
-    for bias in (use.bias for use in site.uses if use.bias is not None):
-        if bias.is_graph_input():
-            return "bias is a graph input"
-        if bias.const_value is None:
-            return "bias is computed in the graph"
-        if bias.const_value.size not in {1, site.out_features}:
-            return "bias differs by position"
-    return None
+def _require_folds(planned: Mapping[str, PlannedEdit]) -> None:
+    refused = [edit for edit in planned.values() if edit.placement == SIDE_OP]
+    if refused:
+        first, more = refused[0], f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        untie = "; --untie gives it a weight of its own" if "tied to the embedding" in first.reason else ""
+        raise PlanError(
+            f"site '{first.site}'{more} cannot fold: {first.reason}; drop --require-fold to use a side op there{untie}"
+        )
 
 
 def _plan_modules(model: ir.Model, sites: dict[str, Site], adapter: Adapter) -> list[PlannedModule]:

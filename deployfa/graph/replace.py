@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.errors import EditError, SiteError
-from deployfa.graph.own_weight import set_bias
+from deployfa.graph.own_weight import set_bias, write_weight
 from deployfa.graph.sites import Site, module_path
 from deployfa.graph.tensors import cast_once, set_operand
 from deployfa.naming import TRANSPOSED
@@ -58,7 +58,7 @@ def _set_weight(graph: ir.Graph, site: Site, array: Array) -> None:
     The initializer's name says which (see ``TRANSPOSED``; ``.weight`` is the parameter itself), so a square weight
     cannot be written the wrong way round; another name is refused.
     """
-    given = site.weight.name or ""
+    given = site.weight.name
     transposed = site.layout == "kd" and given.endswith(TRANSPOSED)
     if site.layout == "kd" and not transposed and not given.endswith(".weight"):
         raise SiteError(
@@ -69,8 +69,7 @@ def _set_weight(graph: ir.Graph, site: Site, array: Array) -> None:
     if stored.shape != site.shape:
         want = site.shape[::-1] if transposed else site.shape
         raise EditError(_differs(site.path, "weight", array.shape, want))
-    value = cast_once(stored.astype(np.float64), site.weight.dtype, site.path)
-    set_operand(graph, [use.node for use in site.uses], 1, value, name=site.weight.name or f"{site.path}.weight")
+    write_weight(graph, site, stored)
 
 
 def _differs(path: str, name: str, have: object, want: object) -> str:

@@ -8,13 +8,13 @@ import onnx_ir as ir
 
 from deployfa.adapter import Adapter
 from deployfa.errors import LeftoverError, PlanError, SiteError
-from deployfa.graph.norm import fold_into_norm, norm_output, why_not_norm
-from deployfa.graph.own_weight import fold_into_own_weight
-from deployfa.graph.plan import NORM, OWN_WEIGHT, Plan, sites_by_node, why_not_own_weight
+from deployfa.graph.own_weight import fold_into_own_weight, why_not_own_weight
+from deployfa.graph.plan import NORM, OWN_WEIGHT, PRODUCER, SIDE_OP, Plan, beside
 from deployfa.graph.replace import replace_module
 from deployfa.graph.side_op import SideOps
 from deployfa.graph.sites import Site, find_sites
 from deployfa.graph.tensors import drop_unused
+from deployfa.graph.upstream import Group, find_upstream, fold_upstream
 
 __all__ = ["apply_adapter"]
 
@@ -37,38 +37,53 @@ def apply_adapter(model: ir.Model, adapter: Adapter, plan: Plan) -> ir.Model:
     missing = {planned.site for planned in plan.edits} - set(sites)
     if missing:
         raise SiteError.unknown(missing, sites)
-    _fold_norms(graph, sites, adapter, plan)
-    side_ops = SideOps(graph)
     for planned in plan.edits:
-        site, edit = sites[planned.site], adapter.edits[planned.site]
-        edit.check(site.path, site.in_features, site.out_features, site.kernel)
-        if planned.placement == NORM:
-            continue
-        if planned.placement == OWN_WEIGHT:
-            blocked = why_not_own_weight(site, edit)
-            if blocked:
-                raise PlanError(f"site '{site.path}' cannot fold as the plan says: {blocked}; make a new plan")
-            fold_into_own_weight(graph, site, edit)
-        else:
-            side_ops.place(site, edit)
+        site = sites[planned.site]
+        adapter.edits[planned.site].check(site.path, site.in_features, site.out_features, site.kernel)
+    # own weights, then what is upstream (a layer may be both a site and the producer of another; its own LoRA is then
+    # scaled with it), then side ops, whose output form multiplies with the weight as it is by then
+    _fold_own_weights(graph, sites, adapter, plan)
+    _fold_upstream(result, adapter, plan)
+    sites = find_sites(result)
+    SideOps(graph).place(
+        [(sites[each.site], adapter.edits[each.site], each.form) for each in plan.edits if each.placement == SIDE_OP]
+    )
     drop_unused(graph)
     return result
 
 
-def _fold_norms(graph: ir.Graph, sites: Mapping[str, Site], adapter: Adapter, plan: Plan) -> None:
-    """Every norm once, for all its sites; first of all placements, because it looks at who reads the norm."""
-    edits = {each.site: adapter.edits[each.site] for each in plan.edits if each.placement == NORM}
-    nodes = sites_by_node(sites)
-    done: set[ir.Value] = set()
-    for path, edit in edits.items():
-        site = sites[path]
-        edit.check(path, site.in_features, site.out_features, site.kernel)
-        blocked = why_not_norm(site, nodes, edits)
+def _fold_own_weights(graph: ir.Graph, sites: Mapping[str, Site], adapter: Adapter, plan: Plan) -> None:
+    for planned in plan.edits:
+        if planned.placement != OWN_WEIGHT:
+            continue
+        site, edit = sites[planned.site], adapter.edits[planned.site]
+        blocked = why_not_own_weight(site, edit, untie=plan.untie)
         if blocked:
-            raise PlanError(f"site '{path}' cannot fold into its norm as the plan says: {blocked}; make a new plan")
-        if norm_output(site) not in done:
-            done.add(norm_output(site))
-            fold_into_norm(graph, site, edit)
+            raise PlanError(f"site '{site.path}' cannot fold as the plan says: {blocked}; make a new plan")
+        fold_into_own_weight(graph, site, edit)
+
+
+def _fold_upstream(model: ir.Model, adapter: Adapter, plan: Plan) -> None:
+    """Every group once, for all its sites."""
+    for placement in (NORM, PRODUCER):
+        wanted = {each.site: adapter.edits[each.site] for each in plan.edits if each.placement == placement}
+        if not wanted:
+            continue
+        side_ops = {each.site for each in plan.edits if each.placement == SIDE_OP}
+        found = find_upstream(
+            model.graph, find_sites(model), wanted, beside=beside(adapter.edits, side_ops), kinds=(placement,)
+        )
+        done: list[Group] = []
+        for path in wanted:
+            group = found.groups.get(path)
+            if group is None:
+                reason = found.reasons.get(path, "its group differs")
+                raise PlanError(
+                    f"site '{path}' cannot fold into its {placement} as the plan says: {reason}; make a new plan"
+                )
+            if group not in done:
+                done.append(group)
+                fold_upstream(model.graph, group)
 
 
 def _check_consumed(adapter: Adapter, plan: Plan) -> None:

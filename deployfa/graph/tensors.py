@@ -17,6 +17,10 @@ from deployfa.errors import EditError
 
 __all__ = ["add_initializer", "cast_once", "drop_unused", "set_operand"]
 
+_ON_THE_WAY = {
+    *("Cast", "Constant", "DequantizeLinear", "DynamicQuantizeLinear", "Flatten", "Identity"),
+    *("Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+}
 _NUMPY = {
     ir.DataType.FLOAT: np.dtype(np.float32),
     ir.DataType.DOUBLE: np.dtype(np.float64),
@@ -71,7 +75,11 @@ def set_operand(graph: ir.Graph, nodes: Sequence[ir.Node], index: int, array: Ar
 
 
 def drop_unused(graph: ir.Graph) -> None:
-    """Remove initializers that no node reads any more."""
+    """Remove what a rewrite left unread: views and constants on the way to a weight, and initializers."""
+    for node in reversed(graph):
+        unread = all(not output.uses() and not output.is_graph_output() for output in node.outputs)
+        if unread and node.op_type in _ON_THE_WAY:
+            graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del graph.initializers[name]

@@ -67,9 +67,10 @@ def test_plan_prints_reasons_and_totals(cli, trained: dict[str, Path]) -> None:
     assert "36 folded, 0 side ops; together 0 extra FLOPs and 0 bytes" in folded.stdout
     beside = cli("plan", "-a", trained["lorfa"], "--placement", "side-op")
     assert "asked for with --placement side-op" in beside.stdout
-    # per site and token: A x and B (A x) are 2 k r each, and k additions
-    widths = 6 * (5 * 384 + 1536)
-    assert f"{widths * (4 * 8 + 1):,} extra FLOPs and " in beside.stdout
+    # per site and token: A x is 2 k r, B (A x) is 2 r times what it is added to, and as many additions: to the k
+    # inputs, or to the d outputs where they are fewer (1536 -> 384)
+    assert f"{6 * (5 * 384 * (4 * 8 + 1) + 2 * 8 * 1536 + 384 * (2 * 8 + 1)):,} extra FLOPs and " in beside.stdout
+    assert beside.stdout.count("adds the low rank to the output") == 6
 
 
 def test_run_answers(cli, bundles: dict[str, Path], small_data: dict[str, Path]) -> None:

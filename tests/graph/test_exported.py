@@ -85,7 +85,7 @@ def test_the_sites_of_the_graph(exported):
     assert {path: (s.in_features, s.out_features, s.kernel) for path, s in sites.items()} == SITES
     assert len(sites["twice"].uses) == 2
     assert sites["flat"].layout == "dk" and sites["fc"].layout == "kd" and sites["strided"].groups == 2
-    assert sites["zero1"].uses[0].bias is sites["zero2"].uses[0].bias
+    assert sites["zero1"].uses[0].bias_value is sites["zero2"].uses[0].bias_value
 
 
 def test_the_base_is_what_pytorch_computes(exported):
