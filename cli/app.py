@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deployfa.cli import bench, convert, demo, export, fetch, inspect, models, plan, run, train, verify
+from deployfa.cli import apply, bench, convert, demo, export, fetch, inspect, models, plan, run, train, verify
 
 __all__ = ["app"]
 
@@ -38,6 +38,7 @@ for command in (
     convert.convert,
     plan.plan,
     export.export,
+    apply.apply,
     verify.verify,
     bench.bench,
     run.run,

@@ -20,6 +20,7 @@ from deployfa.cli.options import (
     RequireFold,
     StrengthOption,
     Threads,
+    Untie,
     parse_shapes,
 )
 
@@ -45,6 +46,7 @@ def export(
     ] = "auto",
     placement: PlacementOption = "auto",
     prefer: PreferOption = "smallest-patch",
+    untie: Untie = False,
     require_fold: RequireFold = False,
     strength: StrengthOption = 1.0,
     shapes: Annotated[
@@ -80,6 +82,7 @@ def export(
             optimize=optimize,
             placement=placement,
             prefer=prefer,
+            untie=untie,
             require_fold=require_fold,
             shapes=sizes,
             rows=rows,

@@ -23,6 +23,7 @@ __all__ = [
     "RequireFold",
     "StrengthOption",
     "Threads",
+    "Untie",
     "named_files",
     "parse_shapes",
 ]
@@ -50,6 +51,10 @@ PreferOption = Annotated[
     typer.Option(
         "--prefer", help="Among exact folds: the one that changes the fewest bytes, or always the layer's own weight."
     ),
+]
+Untie = Annotated[
+    bool,
+    typer.Option("--untie", help="Give a weight tied to the embedding a copy of its own; the plan says its bytes."),
 ]
 StrengthOption = Annotated[
     float, typer.Option("--strength", help="Scale the edits: 0 is the base with the adapter's head, 1 the adapter.")

@@ -13,6 +13,7 @@ from deployfa.cli.options import (
     PlacementOption,
     PreferOption,
     RequireFold,
+    Untie,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def plan(
     model: ModelOption = None,
     placement: PlacementOption = "auto",
     prefer: PreferOption = "smallest-patch",
+    untie: Untie = False,
     require_fold: RequireFold = False,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
@@ -42,6 +44,7 @@ def plan(
             model=model,
             placement=placement,
             prefer=prefer,
+            untie=untie,
             require_fold=require_fold,
             allow_base_mismatch=allow_base_mismatch,
             status=status,

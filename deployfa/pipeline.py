@@ -62,13 +62,14 @@ def plan_adapter(
     model: str | Path | None = None,
     placement: Preference = "auto",
     prefer: Prefer = "smallest-patch",
+    untie: bool = False,
     require_fold: bool = False,
     allow_base_mismatch: bool = False,
     status: Status | None = None,
 ) -> tuple[Plan, BaseGraph]:
     """Where every edit of ``adapter`` would go, without doing it."""
     base = base_graph(adapter, model=model, allow_mismatch=allow_base_mismatch, status=status)
-    plan = make_plan(base.load(), adapter, placement=placement, prefer=prefer, require_fold=require_fold)
+    plan = make_plan(base.load(), adapter, placement=placement, prefer=prefer, untie=untie, require_fold=require_fold)
     return plan, base
 
 
@@ -81,6 +82,7 @@ def export(
     optimize: str = "auto",
     placement: Preference = "auto",
     prefer: Prefer = "smallest-patch",
+    untie: bool = False,
     require_fold: bool = False,
     shapes: Sequence[Shape] = DEFAULT_SHAPES,
     rows: Sequence[Row] | None = None,
@@ -106,6 +108,7 @@ def export(
         model=model,
         placement=placement,
         prefer=prefer,
+        untie=untie,
         require_fold=require_fold,
         allow_base_mismatch=allow_base_mismatch,
         status=status,

@@ -62,7 +62,7 @@ def backwards(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
     if rule is None:
         if node.op_type in {"Add", "Sub", "Sum", "SkipLayerNormalization"}:
             raise Blocked("input is a sum (a residual), whose other part is not scaled")
-        if "Quantize" in node.op_type or "QLinear" in node.op_type:
+        if "uantize" in node.op_type or "QLinear" in node.op_type:
             raise Blocked("input is quantised on the way, which a scale does not pass exactly")
         raise Blocked(f"input comes from {node.op_type}, which a scale does not pass")
     return rule(node, output, carried)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Array
+from deployfa.graph.evaluate_quantised import quantised_operators
 
 __all__ = ["evaluate"]
 
@@ -24,12 +25,12 @@ def evaluate(
 ) -> list[dict[str, Array]]:
     """Outputs by name for every case of feeds, computed in ``dtype``; ``model`` is not changed.
 
-    Only standard operators: give it the graph before any fusion for a runtime.
+    Standard operators, and those that quantisers write: give it the graph before any fusion for a runtime.
     """
     from onnx.reference import ReferenceEvaluator
 
     widened = _in_memory(model.clone(), widen=dtype == "float64")
-    evaluator = ReferenceEvaluator(ir.to_proto(widened), new_ops=[_matmul_in_one_call()])
+    evaluator = ReferenceEvaluator(ir.to_proto(widened), new_ops=[_matmul_in_one_call(), *quantised_operators()])
     names = [value.name or "" for value in widened.graph.outputs]
     wanted = {value.name for value in widened.graph.inputs}
     results = []

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.errors import EditError, SiteError
+from deployfa.graph.floats import in_floats
 from deployfa.graph.own_weight import set_bias, write_weight
 from deployfa.graph.sites import Site, module_path
 from deployfa.graph.tensors import cast_once, set_operand
@@ -18,11 +19,14 @@ __all__ = ["replace_module"]
 
 
 def replace_module(graph: ir.Graph, sites: Mapping[str, Site], path: str, parameters: Mapping[str, Array]) -> None:
-    """Write ``parameters`` (as PyTorch names and shapes them) over those of module ``path``.
+    """Write ``parameters`` (as PyTorch names and shapes them) over those of module ``path``; a quantised module becomes
+    a floating-point one, because the adapter brings floats.
 
     Raises ``EditError`` when a shape differs from the base's and ``SiteError`` when a parameter has no place.
     """
     site = sites.get(path)
+    if site is not None and site.weight.quantised:
+        site = Site(path, tuple(in_floats(graph, use) for use in site.uses))
     for name, array in parameters.items():
         stored = graph.initializers.get(f"{path}.{name}")
         if site is not None and name == "weight":
@@ -61,10 +65,13 @@ def _set_weight(graph: ir.Graph, site: Site, array: Array) -> None:
     given = site.weight.name
     transposed = site.layout == "kd" and given.endswith(TRANSPOSED)
     if site.layout == "kd" and not transposed and not given.endswith(".weight"):
-        raise SiteError(
-            f"module '{site.path}': the name '{given}' does not say which way its weight lies; "
-            "export the base graph with deployfa export"
-        )
+        # a graph from elsewhere: the shape says it, unless it is square
+        if site.in_features == site.out_features:
+            raise SiteError(
+                f"module '{site.path}': the name '{given}' does not say which way its square weight lies; "
+                "export the base graph with deployfa export"
+            )
+        transposed = array.shape == site.shape[::-1]
     stored = array.T if transposed else array
     if stored.shape != site.shape:
         want = site.shape[::-1] if transposed else site.shape

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from deployfa.edits import Array, Float64
 from deployfa.graph.views import constant, static_shape, tensor_shape
 
-__all__ = ["Scales", "block_scales", "dequantizer", "integer_product", "multiplier"]
+__all__ = ["Scales", "block_scales", "dequantized_blocks", "dequantizer", "integer_product", "multiplier"]
 
 #: How the graph applies the scales: a DequantizeLinear, a Mul after a Cast, inside MatMulNBits, or a Mul after the
 #: integer product.
@@ -90,18 +90,13 @@ class Scales:
         zero_tensor = constant(self.zero)
         zero = np.asarray(zero_tensor.numpy()) if zero_tensor is not None else None
         if self.form == "blocks":
-            width = self.cells[1] * self.block[1]
-            q = _unpack(integers.reshape(self.size[0], -1), self.bits)[:, :width].astype(np.float64)
-            if zero is None:
-                z: Float64 = np.full(self.cells, 2.0 ** (self.bits - 1))
-            elif zero.dtype == np.uint8:
-                z = _unpack(zero.reshape(self.size[0], -1), self.bits)[:, : self.cells[1]].astype(np.float64)
-            else:
-                z = zero.astype(np.float64).reshape(self.cells)
-            return ((q - self._spread(z, cut=False)) * self._spread(self.numbers(), cut=False))[:, : self.size[1]]
+            return dequantized_blocks(integers, self.numbers(), zero, self.size, self.block[1], self.bits)
         q = integers.astype(np.float64)
-        if zero is not None:
-            q = q - (self._spread(zero.astype(np.float64).reshape(self.cells)) if zero.size > 1 else float(zero.item()))
+        if zero is not None and zero.size > 1:
+            cells = self.cells if zero.size == math.prod(self.cells) else (1, zero.size)
+            q = q - self._spread(zero.astype(np.float64).reshape(cells))
+        elif zero is not None:
+            q = q - float(zero.reshape(()))
         return np.asarray(q * self._spread(self.numbers()))
 
     def _widens(self, axis: int) -> bool:
@@ -116,14 +111,12 @@ class Scales:
         padded = np.pad(np.asarray(factor, dtype=np.float64), (0, cells * block - len(factor)), mode="edge")
         return padded.reshape(cells, block)
 
-    def _spread(self, numbers: Float64, *, cut: bool = True) -> Float64:
-        """One number for each integer."""
-        for axis, (cells, block, size) in enumerate(zip(self.cells, self.block, self.size, strict=True)):
-            if cells > 1 and block > 1:
-                numbers = np.repeat(numbers, block, axis=axis)
-                if cut:
-                    numbers = np.take(numbers, range(size), axis=axis)
-        return numbers if cut else np.broadcast_to(numbers, (self.size[0], self.cells[1] * self.block[1]))
+    def _spread(self, numbers: Float64) -> Float64:
+        """One number for each integer, or 1 along an axis that has one for all."""
+        for axis, (block, size) in enumerate(zip(self.block, self.size, strict=True)):
+            if numbers.shape[axis] > 1 and block > 1:
+                numbers = np.repeat(numbers, block, axis=axis).take(range(size), axis=axis)
+        return numbers
 
 
 def dequantizer(node: ir.Node) -> Scales | None:
@@ -208,6 +201,26 @@ def integer_product(
         return None
     cells = (1, int(tensor.size))
     return Scales("product", integers, node, index, scale, zero, size, cells, (size[0], -(-size[1] // cells[1])))
+
+
+def dequantized_blocks(
+    packed: Array, scales: Array, zero: Array | None, size: tuple[int, int] | tuple[int, ...], block: int, bits: int
+) -> Float64:
+    """``s ⊙ (q - z)`` of a MatMulNBits, (d, k): integers packed row by row, each block of a row with its own scale.
+
+    ``zero``: packed like the integers, or plain floats; the middle of their range if ``None``.
+    """
+    d, k = size
+    blocks = -(-k // block)
+    q = _unpack(packed.reshape(d, -1), bits)[:, : blocks * block].astype(np.float64).reshape(d, blocks, block)
+    if zero is None:
+        z: Float64 = np.full((d, blocks), 2.0 ** (bits - 1))
+    elif zero.dtype == np.uint8:
+        z = _unpack(zero.reshape(d, -1), bits)[:, :blocks].astype(np.float64)
+    else:
+        z = zero.astype(np.float64).reshape(d, blocks)
+    spread = (q - z[..., None]) * np.asarray(scales, dtype=np.float64).reshape(d, blocks)[..., None]
+    return np.asarray(spread.reshape(d, -1)[:, :k])
 
 
 def _integers(value: ir.Value | None) -> tuple[int, ...] | None:

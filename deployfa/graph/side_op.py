@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Array, Edit, Float64, LowRank
-from deployfa.graph.integer_layers import expand
-from deployfa.graph.layers import Use, read_layer
+from deployfa.graph.floats import spell_out
+from deployfa.graph.layers import Use
 from deployfa.graph.nodes import Nodes
 from deployfa.graph.sites import Site
 
@@ -40,7 +40,7 @@ class SideOps:
 
     def place(self, edits: Sequence[tuple[Site, Edit, Form]]) -> None:
         """Insert the side op of every edit before, or around, every use of its site."""
-        ready = [(_in_floats(self.graph, site), edit, form) for site, edit, form in edits]
+        ready = [(_spelled_out(self.graph, site), edit, form) for site, edit, form in edits]
         for site, edit, form in ready:
             for use in site.uses:
                 if not use.convolves:
@@ -186,13 +186,6 @@ def _together(parts: Sequence[LowRank]) -> LowRank:
     return LowRank(a, np.concatenate([part.s * part.b.astype(np.float64) for part in parts], axis=1), 1.0)
 
 
-def _in_floats(graph: ir.Graph, site: Site) -> Site:
+def _spelled_out(graph: ir.Graph, site: Site) -> Site:
     """``site``, with integer layers spelled out as dequantize, layer, quantize."""
-    if not any(use.integer for use in site.uses):
-        return site
-    uses = []
-    for use in site.uses:
-        spelled = read_layer(expand(graph, use.node)) if use.integer else use
-        assert spelled is not None  # what expand makes is a layer
-        uses.append(spelled)
-    return Site(site.path, tuple(uses))
+    return Site(site.path, tuple(spell_out(graph, use) if use.integer else use for use in site.uses))

@@ -19,7 +19,7 @@ __all__ = ["add_initializer", "cast_once", "drop_unused", "set_operand"]
 
 _ON_THE_WAY = {
     *("Cast", "Constant", "DequantizeLinear", "DynamicQuantizeLinear", "Flatten", "Identity"),
-    *("Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+    *("MatMulInteger", "MatMulNBits", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
 }
 _NUMPY = {
     ir.DataType.FLOAT: np.dtype(np.float32),

@@ -70,7 +70,6 @@ def test_plan_prints_reasons_and_totals(cli, trained: dict[str, Path]) -> None:
     # per site and token: A x is 2 k r, B (A x) is 2 r times what it is added to, and as many additions: to the k
     # inputs, or to the d outputs where they are fewer (1536 -> 384)
     assert f"{6 * (5 * 384 * (4 * 8 + 1) + 2 * 8 * 1536 + 384 * (2 * 8 + 1)):,} extra FLOPs and " in beside.stdout
-    assert beside.stdout.count("adds the low rank to the output") == 6
 
 
 def test_run_answers(cli, bundles: dict[str, Path], small_data: dict[str, Path]) -> None:

@@ -99,7 +99,7 @@ def test_a_weight_alone_keeps_the_bias_and_the_other_way_round(builder, truth):
 def test_a_name_that_does_not_say_which_way_the_weight_lies(builder, form):
     """A graph from torch.onnx.export alone calls it val_3; a square weight would go in either way round."""
     model = graph(builder, form, name="val_3")
-    with pytest.raises(SiteError, match="does not say which way its weight lies; export the base graph with deployfa"):
+    with pytest.raises(SiteError, match="does not say which way its square weight lies; export the base graph with"):
         apply(model, Adapter("head", {}, {"head": HEAD}))
 
 
