@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
@@ -16,8 +17,9 @@ from deployfa.errors import InputError
 __all__ = ["weights_of"]
 
 
-def weights_of(folder: Path, sites: Collection[str]) -> dict[str, Array]:
-    """``{site: its weight}`` for the sites that the checkpoint in ``folder`` has, whatever prefix its names carry.
+def weights_of(folder: Path, sites: Collection[str]) -> dict[str, Callable[[], Array]]:
+    """``{site: a function that reads its weight}`` for the sites that the checkpoint in ``folder`` has, whatever prefix
+    its names carry.
 
     Reads ``*.safetensors`` (whole or in shards), else ``*.bin``.  Raises ``InputError`` if there is no checkpoint.
     """
@@ -26,14 +28,17 @@ def weights_of(folder: Path, sites: Collection[str]) -> dict[str, Array]:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise InputError(f"'{folder}' holds no *.safetensors and no *.bin; pass a model directory with --model")
-    found: dict[str, Array] = {}
+    found: dict[str, Callable[[], Array]] = {}
     for file in files:
-        with _open(file) as (names, read):
-            for site in sites:
-                name = _named(site, names)
-                if name is not None:
-                    found[site] = read(name)
+        with _open(file) as (names, _):
+            named = {site: _named(site, names) for site in sites}
+        found |= {site: partial(_read, file, name) for site, name in named.items() if name is not None}
     return found
+
+
+def _read(file: Path, name: str) -> Array:
+    with _open(file) as (_, read):
+        return read(name)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ written onto the nodes as module paths, after which the graph is as good as an e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,21 +56,22 @@ def locate_sites(
     wanted: Mapping[str, tuple[int, int] | None],
     *,
     named: Mapping[str, str] | None = None,
-    base: Mapping[str, Array] | None = None,
+    base: Mapping[str, Callable[[], Array]] | None = None,
 ) -> tuple[ir.Model, list[Located]]:
     """A clone of ``model`` whose nodes carry the module paths of ``wanted``, and how each was found.
 
     ``wanted``: site → (k, d), or ``None`` where the adapter does not say.  ``named``: site → name of an initializer or
-    node, which wins.  ``base``: site → the base's own weight (d, k), which decides where names do not, and contradicts
-    names that are wrong.  Raises ``SiteError`` with the nearest candidates for a site that is not found, or found more
-    than once, and ``BaseMismatchError`` if a weight that was found by name is another one than the base's.
+    node, which wins.  ``base``: site → how to read the base's own weight, which decides where names do not, and
+    contradicts names that are wrong.  Raises ``SiteError`` with the nearest candidates for a site that is not found, or
+    found more than once, and ``BaseMismatchError`` if a weight that was found by name is another than the base's.
     """
     result = _with_shapes(model.clone())
     found_layers = _Layers(layers(result.graph))
     located: list[Located] = []
     for site, size in wanted.items():
-        uses, how = _find(site, size, found_layers, (named or {}).get(site), (base or {}).get(site))
-        weight = (base or {}).get(site)
+        read = (base or {}).get(site)
+        weight = read() if read is not None else None
+        uses, how = _find(site, size, found_layers, (named or {}).get(site), weight)
         if weight is not None and not any(_same_weight(use, weight) for use in uses[:1]):
             raise BaseMismatchError(
                 f"site '{site}' was found by {how}, but its weight is not the base model's; pass the graph of that "

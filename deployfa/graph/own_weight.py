@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Array, Edit, Float64, fold_conv, fold_matrix
+from deployfa.graph.large import fold_rows, is_large, passed_shift
 from deployfa.graph.layers import Axis, Use
 from deployfa.graph.sites import Site
 from deployfa.graph.tensors import add_initializer, cast_once, set_operand
@@ -81,15 +82,31 @@ def fold_into_own_weight(graph: ir.Graph, site: Site, edit: Edit) -> None:
     A Gemm computes ``α W x + β c``: the edit is folded into ``α W`` and divided by α, so that LoRA's delta, which adds
     to the output, comes out right.  Of a quantised weight only the scales change.
     """
+    first = site.uses[0]
+    if is_large(site.weight):
+        _fold_large(graph, site, edit)
+        return
     weight = site.constant_weight()
     assert weight is not None  # the plan places here only constant weights
-    first = site.uses[0]
     folded, passed = _fold(site, edit, weight.astype(np.float64) * first.alpha)
     if site.weight.quantised:
         if edit.lam is not None:
             scale_weight(graph, site, "in", 1.0 + edit.lam.astype(np.float64))
     elif edit.lam is not None or edit.input_low_rank is not None or edit.output_low_rank is not None:
         write_weight(graph, site, in_layout(folded / first.alpha, site.layout, site.groups))
+    if passed is not None:
+        for use in site.uses:
+            set_bias(graph, site, use, _bias(use, passed.shape) + passed)
+
+
+def _fold_large(graph: ir.Graph, site: Site, edit: Edit) -> None:
+    """The same, in blocks, when the graph is saved."""
+    by_inputs, alpha = site.layout == "kd", site.uses[0].alpha
+    shift = edit.delta
+    passed = None if shift is None else alpha * passed_shift(site.weight, shift, rows_are_inputs=by_inputs)
+    if edit.lam is not None or edit.input_low_rank is not None or edit.output_low_rank is not None:
+        folded = fold_rows(site.weight, edit, site.path, rows_are_inputs=by_inputs, alpha=alpha)
+        set_operand(graph, site.nodes, 1, folded, name=f"{site.path}.weight")
     if passed is not None:
         for use in site.uses:
             set_bias(graph, site, use, _bias(use, passed.shape) + passed)

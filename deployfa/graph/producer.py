@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Float64
+from deployfa.graph.large import is_large, scale_rows
 from deployfa.graph.layers import Use
 from deployfa.graph.own_weight import scale_weight, write_weight
 from deployfa.graph.sites import Site
@@ -34,6 +35,9 @@ def fold_into_producers(graph: ir.Graph, uses: Sequence[Use], factor: Float64, n
     first = uses[0]
     if first.weight.quantised:
         scale_weight(graph, layer, "out", factor)
+    elif is_large(first.weight):
+        scaled_rows = scale_rows(first.weight, factor, first.axis("out"), name)
+        set_operand(graph, layer.nodes, 1, scaled_rows, name=f"{layer.path}.weight")
     else:
         numbers = first.weight.numbers().astype(np.float64)
         if first.layout == "conv transpose":

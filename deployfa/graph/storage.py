@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from deployfa.errors import InputError
+from deployfa.errors import DeployfaError, InputError
 
 __all__ = ["GRAPH", "load_graph", "save_graph"]
 
@@ -74,5 +74,14 @@ def _check_external(path: Path, folder: Path, tensor: ir.ExternalTensor) -> None
 def save_graph(model: ir.Model, folder: Path) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; ``model`` is not changed."""
     path = folder / GRAPH
-    ir.save(model, path, external_data=f"{GRAPH}.data")
+    try:
+        ir.save(model, path, external_data=f"{GRAPH}.data")
+    except Exception as error:
+        # a large weight is folded as it is written; what is wrong with it arrives wrapped by onnx_ir
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DeployfaError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise
     return path

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.errors import EditError
+from deployfa.graph.views import tensor_shape
 
 __all__ = ["add_initializer", "cast_once", "drop_unused", "set_operand"]
 
@@ -43,18 +44,21 @@ def cast_once(array: Array, dtype: ir.DataType | None, owner: str, *, remedy: st
     return cast
 
 
-def add_initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: Array | ir.LazyTensor) -> ir.Value:
     """Register ``array`` under ``name``, or under the first free ``name.N``."""
     free, number = name, 1
     while free in graph.initializers:
         free, number = f"{name}.{number}", number + 1
-    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=free)
-    value = ir.Value(name=free, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    tensor = _tensor(array, free)
+    shape = ir.Shape(tensor_shape(tensor))
+    value = ir.Value(name=free, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
 
-def set_operand(graph: ir.Graph, nodes: Sequence[ir.Node], index: int, array: Array, *, name: str) -> None:
+def set_operand(
+    graph: ir.Graph, nodes: Sequence[ir.Node], index: int, array: Array | ir.LazyTensor, *, name: str
+) -> None:
     """Make ``array`` operand ``index`` of every node in ``nodes``.
 
     The old initializer is overwritten when these nodes are its only readers, else it stays and they get a copy.
@@ -63,15 +67,22 @@ def set_operand(graph: ir.Graph, nodes: Sequence[ir.Node], index: int, array: Ar
     readers = set(old.consumers()) if old is not None else set()
     alone = old is not None and old.is_initializer() and not old.is_graph_output() and readers <= set(nodes)
     if alone and old is not None:
-        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=old.name)
+        tensor = _tensor(array, old.name)
         # fresh shape and type objects: a clone shares its own with the original graph
-        old.const_value, old.shape, old.type = tensor, ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+        old.const_value, old.shape, old.type = tensor, ir.Shape(tensor_shape(tensor)), ir.TensorType(tensor.dtype)
         return
     value = add_initializer(graph, name, array)
     for node in nodes:
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
+
+
+def _tensor(array: Array | ir.LazyTensor, name: str | None) -> ir.TensorProtocol:
+    if isinstance(array, ir.LazyTensor):
+        array.name = name
+        return array
+    return ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
 
 
 def drop_unused(graph: ir.Graph) -> None:
