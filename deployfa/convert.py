@@ -19,10 +19,11 @@ __all__ = ["to_lora", "with_strength"]
 
 
 def with_strength(adapter: Adapter, strength: float) -> Adapter:
-    """The adapter with every edit scaled towards the identity: ``λ' = t λ``, ``s' = t s``, ``δ' = t δ``.
+    """The adapter with every part of every edit scaled by t: λ, s, δ, LoRA's s', and IA3's λ' of the output.
 
     ``strength`` t is finite; 0 leaves the base (with the adapter's replaced modules, which have no in-between), 1 the
-    adapter, more exaggerates it.  Exact: T is linear in λ, s and δ.
+    adapter, more exaggerates it.  Exactly: ``T_t(x) = x + t (T(x) - x)``, LoRA's addition times t, and an output factor
+    of ``1 + t λ'``.  A site's output is linear in t unless λ' stands beside other parts, whose product it then scales.
     """
     if not np.isfinite(strength):
         raise InputError(f"strength {strength} is not a number; pass one such as 0.5")
@@ -49,6 +50,11 @@ def to_lora(
             )
         if edit.delta is not None:
             raise InputError(f"site '{site}' has a shift δ, which LoRA cannot hold; train without --shift")
+        if edit.output_scale is not None:
+            raise InputError(
+                f"site '{site}' scales its output, and diag(λ) W has full rank: no LoRA of small rank equals it; "
+                "export the adapter itself"
+            )
     base = base_graph(adapter, model=model, status=status)
     weights = _weights(base.load(), adapter.edits)
     edits = {site: _lora(site, edit, weights[site]) for site, edit in adapter.edits.items()}
@@ -77,7 +83,13 @@ def _scaled(edit: Edit, t: float) -> Edit:
     def low(part: LowRank | None) -> LowRank | None:
         return None if part is None else dataclasses.replace(part, s=part.s * t)
 
-    return Edit(vector(edit.lam), low(edit.input_low_rank), vector(edit.delta), low(edit.output_low_rank))
+    return Edit(
+        lam=vector(edit.lam),
+        input_low_rank=low(edit.input_low_rank),
+        delta=vector(edit.delta),
+        output_low_rank=low(edit.output_low_rank),
+        output_scale=vector(edit.output_scale),
+    )
 
 
 def _weights(model: ir.Model, edits: Mapping[str, Edit]) -> dict[str, Array]:

@@ -1,11 +1,11 @@
 """What an adapter does to one site, and the algebra that folds it into a weight.  numpy only.
 
-A site computes ``y = W x + c`` with ``W: (d, k)``.  An edit changes the site's input, and for LoRA its output::
+A site computes ``y = W x + c`` with ``W: (d, k)``.  An edit changes the site's input, and for LoRA and IA3 its output::
 
-    T(x) = (1 + λ) ⊙ x + s · B (A x) + δ          VeFA: λ.  LoRFA: A, B, s.  δ optional with either.
-    y    = W T(x) + c + s' · B' (A' x)            LoRA: A', B', s'
+    T(x) = (1 + λ) ⊙ x + s · B (A x) + δ                      VeFA: λ.  LoRFA: A, B, s.  δ optional with either.
+    y    = (1 + λ') ⊙ (W T(x) + c + s' · B' (A' x))           LoRA: A', B', s'.  IA3: λ' (or λ), bias included.
 
-Sources: arXiv 2510.19155 (VeFA; LoRFA in its first version), arXiv 2106.09685 (LoRA).
+Sources: arXiv 2510.19155 (VeFA; LoRFA in its first version), arXiv 2106.09685 (LoRA), arXiv 2205.05638 (IA3).
 
 Folding is done in float64 and cast once, by the caller, to the dtype of the weight.
 """
@@ -35,6 +35,7 @@ _NDIM = {
     "out_A": (2, 3, 4, 5),
     "out_B": (2,),
     "out_s": (0,),
+    "out_lambda": (1,),
 }
 
 
@@ -59,12 +60,16 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """The edit of one site.  λ and δ: (k,); ``input_low_rank`` is LoRFA's, ``output_low_rank`` is LoRA's."""
+    """The edit of one site.  λ and δ: (k,); ``input_low_rank`` is LoRFA's, ``output_low_rank`` is LoRA's.
+
+    ``output_scale`` is λ': (d,), which scales the whole output of the layer, the bias and LoRA's part too.
+    """
 
     lam: Array | None = None
     input_low_rank: LowRank | None = None
     delta: Array | None = None
     output_low_rank: LowRank | None = None
+    output_scale: Array | None = None
 
     def tensors(self) -> dict[str, Array]:
         """Name → array, the form in which adapter files store an edit; the inverse of ``from_tensors``."""
@@ -76,6 +81,8 @@ class Edit:
         for prefix, low in (("", self.input_low_rank), ("out_", self.output_low_rank)):
             if low is not None:
                 found |= {f"{prefix}A": low.a, f"{prefix}B": low.b, f"{prefix}s": np.asarray(low.s, dtype=np.float64)}
+        if self.output_scale is not None:
+            found["out_lambda"] = self.output_scale
         return found
 
     @classmethod
@@ -93,7 +100,7 @@ class Edit:
             if parts and parts[2].size != 1:
                 raise EditError(f"site '{site}': {prefix}s has shape {parts[2].shape}; expected one number")
             lows.append(LowRank(parts[0], parts[1], float(parts[2].reshape(()))) if parts else None)
-        edit = cls(left.pop("lambda", None), lows[0], left.pop("delta", None), lows[1])
+        edit = cls(left.pop("lambda", None), lows[0], left.pop("delta", None), lows[1], left.pop("out_lambda", None))
         if left:
             raise EditError(f"site '{site}': unknown tensor '{min(left)}'; written by a newer deployfa?")
         for name, array in edit.tensors().items():
@@ -109,7 +116,7 @@ class Edit:
 
     @property
     def in_features(self) -> int | None:
-        """k, as the tensors tell it; ``None`` for an empty edit."""
+        """k, as the tensors tell it; ``None`` for an empty edit and for an output scale alone."""
         if self.lam is not None:
             return int(self.lam.shape[0])
         if self.delta is not None:
@@ -119,11 +126,13 @@ class Edit:
 
     def distance(self) -> float:
         """How far the edit is from the identity: the root mean square over the k inputs of what T adds per unit of
-        input, ``sqrt((‖diag(λ) + s B A‖² + ‖δ‖²) / k)``; for LoRA ``‖s' B' A'‖ / sqrt(k)``.  0 for an untrained edit.
+        input, ``sqrt((‖diag(λ) + s B A‖² + ‖δ‖²) / k)``; for LoRA ``‖s' B' A'‖ / sqrt(k)``; for an output scale the
+        root mean square of λ' over the d outputs.  Their squares add up.  0 for an untrained edit.
         """
+        outputs = 0.0 if self.output_scale is None else float(np.mean(self.output_scale.astype(np.float64) ** 2))
         k = self.in_features
         if k is None:
-            return 0.0
+            return float(np.sqrt(outputs))
         square = 0.0
         if self.input_low_rank is not None:
             matrix = self.input_low_rank.delta()
@@ -136,7 +145,7 @@ class Edit:
             square += float(np.sum(self.delta.astype(np.float64) ** 2))
         if self.output_low_rank is not None:
             square += float(np.sum(self.output_low_rank.delta() ** 2))
-        return float(np.sqrt(square / k))
+        return float(np.sqrt(square / k + outputs))
 
     def check(self, site: str, in_features: int, out_features: int, kernel: tuple[int, ...] = ()) -> None:
         """Raise ``EditError`` unless every tensor is finite, floating point, and fits a (d, k) site.
@@ -150,6 +159,7 @@ class Edit:
             "A": (None, k),
             "B": (k, None),
             "out_B": (d, None),
+            "out_lambda": (d,),
         }
         for name, array in self.tensors().items():
             if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
@@ -193,9 +203,11 @@ def apply_input(edit: Edit, x: Array, *, axis: int = -1) -> Float64:
 def fold_matrix(edit: Edit, weight: Array, bias: Array | None) -> tuple[Float64, Float64 | None]:
     """Fold ``edit`` into a dense layer.
 
-    ``W' = W (diag(1+λ) + s B A) + s' B' A'`` and ``c' = c + W δ``; the bias is otherwise unchanged.
+    ``W' = diag(1+λ') (W (diag(1+λ) + s B A) + s' B' A')`` and ``c' = (1+λ') ⊙ (c + W δ)``; without δ and λ' the bias
+    is unchanged.
 
     weight: (d, k); bias: (d,) or None.  Returns new float64 arrays; the bias is None only if it was and δ is absent.
+    A caller that keeps the bias elsewhere (``bias=None`` here) scales it by ``1 + λ'`` itself.
     """
     w = weight.astype(np.float64)
     folded = w.copy()
@@ -205,7 +217,8 @@ def fold_matrix(edit: Edit, weight: Array, bias: Array | None) -> tuple[Float64,
         folded += w @ edit.input_low_rank.delta()
     if edit.output_low_rank is not None:
         folded += edit.output_low_rank.delta()
-    return folded, _fold_bias(edit, w, bias)
+    passed = None if edit.delta is None else w @ edit.delta.astype(np.float64)
+    return _outputs(edit, folded, passed, bias)
 
 
 def fold_conv(edit: Edit, weight: Array, bias: Array | None, *, groups: int = 1) -> tuple[Float64, Float64 | None]:
@@ -213,9 +226,10 @@ def fold_conv(edit: Edit, weight: Array, bias: Array | None, *, groups: int = 1)
 
     ``W'[o, i] = W[o, i] (1 + λ[g(o) · k/groups + i])`` for every kernel position, g(o) the group of output o; low rank
     mixes the input channels, ``W'[o, j] += Σ_i W[o, i] (s B A)[i, j]``, which only ``groups == 1`` allows; δ passes
-    through the summed kernel, which is exact only without zero padding (the planner checks).
+    through the summed kernel, which is exact only without zero padding (the planner checks).  λ' scales what comes
+    out, the bias too: ``c'[o] = (1 + λ'[o]) (c[o] + …)``.
 
-    weight: (d, k/groups, *kernel); bias: (d,) or None.  Returns new float64 arrays.
+    weight: (d, k/groups, *kernel); bias: (d,) or None.  Returns new float64 arrays, as ``fold_matrix`` does.
     """
     w = weight.astype(np.float64)
     per_group, d = w.shape[1], w.shape[0]
@@ -237,14 +251,19 @@ def fold_conv(edit: Edit, weight: Array, bias: Array | None, *, groups: int = 1)
     if edit.output_low_rank is not None:
         delta = edit.output_low_rank.delta()
         folded += delta.reshape(w.shape) if delta.ndim == w.ndim else np.expand_dims(delta, kernel_axes)
-    if edit.delta is None:
-        return folded, None if bias is None else bias.astype(np.float64)
-    passed = np.sum(w.sum(axis=kernel_axes) * per_output(edit.delta), axis=1)
-    return folded, passed if bias is None else bias.astype(np.float64) + passed
+    passed = None
+    if edit.delta is not None:
+        passed = np.sum(w.sum(axis=kernel_axes) * per_output(edit.delta), axis=1)
+    return _outputs(edit, folded, passed, bias)
 
 
-def _fold_bias(edit: Edit, w: Float64, bias: Array | None) -> Float64 | None:
-    if edit.delta is None:
-        return None if bias is None else bias.astype(np.float64)
-    passed = w @ edit.delta.astype(np.float64)
-    return passed if bias is None else bias.astype(np.float64) + passed
+def _outputs(edit: Edit, folded: Float64, passed: Float64 | None, bias: Array | None) -> tuple[Float64, Float64 | None]:
+    """``(1+λ') ⊙ folded`` over its rows and ``(1+λ') ⊙ (bias + passed)``; changes ``folded``.  passed: (d,), W δ."""
+    total = None if bias is None else bias.astype(np.float64)
+    if passed is not None:
+        total = passed if total is None else total + passed
+    if edit.output_scale is not None:
+        scale = 1.0 + edit.output_scale.astype(np.float64)
+        folded *= scale.reshape(-1, *([1] * (folded.ndim - 1)))
+        total = None if total is None else total * scale
+    return folded, total

@@ -87,5 +87,6 @@ def _describe(names: Any) -> str:
         "A": "LowRank on the input",
         "delta": "Shift(δ)",
         "out_A": "LowRank on the output",
+        "out_lambda": "Scale(1+λ) on the output",
     }
     return " + ".join(word for name, word in words.items() if name in names) or "identity"

@@ -75,10 +75,29 @@ def test_vefa_has_no_lora(trained: dict[str, Path]) -> None:
         to_lora(Adapter.load(trained["vefa"]))
 
 
+def test_an_output_scale_has_no_lora() -> None:
+    with pytest.raises(InputError, match=r"scales its output.*full rank"):
+        to_lora(Adapter("ia3", {"fc": Edit(output_scale=np.ones(2))}))
+
+
 def test_a_shift_has_no_lora() -> None:
     low = LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0)
     with pytest.raises(InputError, match="shift"):
         to_lora(Adapter("lorfa", {"fc": Edit(input_low_rank=low, delta=np.ones(2))}))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 2.0, -1.0])
+def test_strength_of_an_output_scale(t: float) -> None:
+    """Every part times t, by the definition; alone it is linear, the bias included, beside λ a product."""
+    rng = np.random.default_rng(1)
+    lam, scale = rng.standard_normal(3), rng.standard_normal(4)
+    weight, bias = rng.standard_normal((4, 3)), rng.standard_normal(4)
+    edits = {"alone": Edit(output_scale=scale), "both": Edit(lam, output_scale=scale)}
+    scaled = with_strength(Adapter("ia3", edits), t).edits
+    for site, factor in (("alone", np.ones(3)), ("both", 1 + t * lam)):
+        w, c = fold_matrix(scaled[site], weight, bias)
+        assert np.allclose(w, (1 + t * scale)[:, None] * weight * factor, rtol=8 * 2.0**-53, atol=0)
+        assert np.allclose(c, (1 + t * scale) * bias, rtol=8 * 2.0**-53, atol=0)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.5, 2.0, -1.0])

@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from deployfa.edits import Edit, LowRank, apply_input, fold_conv, fold_matrix
 from deployfa.errors import EditError
 
-PARTS = ("lam", "input_low_rank", "delta", "output_low_rank")
+PARTS = ("lam", "input_low_rank", "delta", "output_low_rank", "output_scale")
 EPS = 2.0**-53
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -32,6 +32,8 @@ def make_edit(rng, parts, k, d, kernel=(), dtype=np.float64):
         made["input_low_rank"] = LowRank(draw(2, k), draw(k, 2), 0.75)
     if "output_low_rank" in parts:
         made["output_low_rank"] = LowRank(draw(2, k, *kernel), draw(d, 2), 1.5)
+    if "output_scale" in parts:
+        made["output_scale"] = draw(d)
     return Edit(**made)
 
 
@@ -41,18 +43,22 @@ def absolute(edit):
     def low(pair):
         return None if pair is None else LowRank(abs(pair.a), abs(pair.b), abs(pair.s))
 
-    lam = None if edit.lam is None else abs(1 + edit.lam) - 1
+    def factor(lam):
+        return None if lam is None else abs(1 + lam) - 1
+
     delta = None if edit.delta is None else abs(edit.delta)
-    return Edit(lam, low(edit.input_low_rank), delta, low(edit.output_low_rank))
+    low_ranks = low(edit.input_low_rank), low(edit.output_low_rank)
+    return Edit(factor(edit.lam), low_ranks[0], delta, low_ranks[1], factor(edit.output_scale))
 
 
 def dense(edit, w, c, x):
-    """``W T(x) + c + s' B' (A' x)``, step by step."""
+    """``(1 + λ') (W T(x) + c + s' B' (A' x))``, step by step."""
     y = apply_input(edit, x) @ w.T
     if edit.output_low_rank is not None:
         low = edit.output_low_rank
         y = y + low.s * ((x @ low.a.T) @ low.b.T)
-    return y if c is None else y + c
+    y = y if c is None else y + c
+    return y if edit.output_scale is None else y * (1 + edit.output_scale)
 
 
 def conv(x, w, c, groups=1, stride=1):
@@ -76,7 +82,7 @@ def conv_truth(edit, w, c, x, groups=1):
     if low is not None:
         inner = conv(x, low.a, None)
         y = y + low.s * np.einsum("or,nr...->no...", low.b, inner)
-    return y
+    return y if edit.output_scale is None else y * (1 + edit.output_scale).reshape(-1, *[1] * (w.ndim - 2))
 
 
 def close(actual, expected, magnitude, terms):
@@ -100,7 +106,7 @@ def test_fold_matrix(parts, shape, biased, seed):
     assert (bias is None) == (c is None and "delta" not in parts)
     y = x @ folded.T + (0 if bias is None else bias)
     magnitude = dense(absolute(edit), abs(w), None if c is None else abs(c), abs(x))
-    assert close(y, dense(edit, w, c, x), magnitude, terms=2 * k + 12)
+    assert close(y, dense(edit, w, c, x), magnitude, terms=2 * k + 16)
 
 
 @FAST
@@ -117,7 +123,7 @@ def test_fold_conv(parts, rank, groups, shape, biased, seed):
     assert folded.shape == w.shape and (bias is None) == (c is None and "delta" not in parts)
     magnitude = conv_truth(absolute(edit), abs(w), None if c is None else abs(c), abs(x), groups)
     actual = conv(x, folded, bias, groups)
-    assert close(actual, conv_truth(edit, w, c, x, groups), magnitude, terms=2 * w[0].size + 2 * k + 12)
+    assert close(actual, conv_truth(edit, w, c, x, groups), magnitude, terms=2 * w[0].size + 2 * k + 16)
 
 
 @pytest.mark.parametrize("parts", [("input_low_rank",), ("output_low_rank",)])
@@ -179,6 +185,40 @@ def test_the_comparison_sees_channels_scaled_in_the_wrong_group():
         assert close(conv(x, folded, bias, 2), truth, magnitude, terms=2 * 6 + 8 + 12) == right
 
 
+OUTPUT_MISTAKES = {
+    "bias not scaled": lambda edit, w, c: (fold_matrix(edit, w, None)[0], c + fold_matrix(edit, w, None)[1]),
+    "shift not scaled": lambda edit, w, c: (fold_matrix(edit, w, c)[0], (1 + edit.output_scale) * c + w @ edit.delta),
+    "wrong axis": lambda edit, w, c: (
+        fold_matrix(Edit(edit.lam, delta=edit.delta), w, None)[0] * (1 + edit.output_scale),
+        fold_matrix(edit, w, c)[1],
+    ),
+    "λ for 1 + λ": lambda edit, w, c: fold_matrix(Edit(edit.lam, None, edit.delta, None, edit.output_scale - 1), w, c),
+    "scaled twice": lambda edit, w, c: fold_matrix(Edit(output_scale=edit.output_scale), *fold_matrix(edit, w, c)),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *OUTPUT_MISTAKES])
+def test_the_comparison_sees_a_mistake_in_an_output_scale(mistake):
+    rng = np.random.default_rng(9)
+    n = 5
+    edit = make_edit(rng, ("lam", "delta", "output_scale"), n, n)
+    w, c, x = rng.standard_normal((n, n)), rng.standard_normal(n), rng.standard_normal((3, n))
+    folded, bias = OUTPUT_MISTAKES[mistake](edit, w, c) if mistake else fold_matrix(edit, w, c)
+    magnitude = dense(absolute(edit), abs(w), abs(c), abs(x))
+    assert close(x @ folded.T + bias, dense(edit, w, c, x), magnitude, terms=2 * n + 16) == (mistake is None)
+
+
+def test_a_bias_kept_elsewhere_is_scaled_by_the_caller():
+    rng = np.random.default_rng(10)
+    edit = make_edit(rng, ("delta", "output_scale"), 4, 3)
+    w, c = rng.standard_normal((3, 4)), rng.standard_normal(3)
+    folded, bias = fold_matrix(edit, w, c)
+    alone, passed = fold_matrix(edit, w, None)
+    assert np.array_equal(folded, alone)
+    assert np.allclose(bias, (1 + edit.output_scale) * c + passed, rtol=0, atol=8 * EPS * abs(bias).max())
+    assert fold_matrix(Edit(output_scale=edit.output_scale), w, None)[1] is None
+
+
 def test_folds_and_checks_leave_the_callers_arrays_alone():
     rng = np.random.default_rng(1)
     edit = make_edit(rng, PARTS, 4, 4)
@@ -209,11 +249,19 @@ def test_a_fresh_adapter_is_the_identity_bit_for_bit():
 @FAST
 @given(part_sets, st.integers(2, 5), st.integers(0, 10**6))
 def test_distance_is_the_mean_square_of_what_t_adds(parts, k, seed):
-    edit = make_edit(np.random.default_rng(seed), parts - {"output_low_rank"}, k, k)
+    edit = make_edit(np.random.default_rng(seed), parts - {"output_low_rank", "output_scale"}, k, k)
     columns = apply_input(edit, np.eye(k)) - np.eye(k)
     shift = edit.delta if edit.delta is not None else np.zeros(k)
     square = np.sum((columns - shift) ** 2) + np.sum(shift**2)
     assert edit.distance() == pytest.approx(np.sqrt(square / k), rel=64 * k * k * EPS)
+
+
+def test_distance_of_an_output_scale():
+    scale = np.array([3.0, -4.0])
+    assert Edit(output_scale=scale).distance() == pytest.approx(np.sqrt(12.5))
+    assert Edit(np.array([2.0, 0.0, 1.0]), output_scale=scale).distance() == pytest.approx(np.sqrt(5 / 3 + 12.5))
+    assert Edit(output_scale=np.zeros(2)).distance() == 0.0
+    assert Edit(output_scale=scale).in_features is None and Edit(output_scale=scale).parameters == 2
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
@@ -245,6 +293,7 @@ def tensors(**arrays):
         (tensors(delta=np.ones((4, 1))), "delta has shape"),
         (tensors(A=np.ones(4)), "A has shape"),
         (tensors(B=np.ones((4, 2, 1))), "B has shape"),
+        ({"out_lambda": np.ones((4, 1))}, "out_lambda has shape"),
     ],
 )
 def test_tensors_that_make_no_edit(broken, message):
@@ -257,6 +306,8 @@ def test_tensors_that_make_no_edit(broken, message):
     [
         (Edit(lam=np.ones(3)), (), "lambda has shape"),
         (Edit(delta=np.ones(5)), (), "delta has shape"),
+        (Edit(output_scale=np.ones(4)), (), "out_lambda has shape"),
+        (Edit(output_scale=np.full(6, np.nan)), (), "NaN or infinity"),
         (Edit(lam=np.ones(4, np.int64)), (), "floating point"),
         (Edit(lam=np.array([0, np.nan, 0, 0])), (), "NaN or infinity"),
         (Edit(lam=np.array([0, np.inf, 0, 0], ml_dtypes.bfloat16)), (), "NaN or infinity"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deployfa.adapter import Adapter
@@ -47,9 +48,12 @@ def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Modu
                 raise SiteError(f"the base model has no '{path}.{name}' of shape {array.shape}; pass another --model")
             state[name].copy_(_tensor(array))
     if edits:
-        missing = sorted(set(adapter.edits) - set(modules))
+        weighted = {
+            name for name, module in modules.items() if isinstance(getattr(module, "weight", None), nn.Parameter)
+        }
+        missing = sorted(set(adapter.edits) - weighted)
         if missing:
-            raise SiteError.unknown(missing, [n for n, m in modules.items() if hasattr(m, "weight")])
+            raise SiteError.unknown(missing, weighted)
         for path, edit in adapter.edits.items():
             _hook(modules[path], edit)
     return model
@@ -69,6 +73,7 @@ def _hook(module: nn.Module, edit: Edit) -> None:
     delta = _vector(edit.delta, weight, spatial)
     low = _matrices(edit.input_low_rank, weight)
     out = _matrices(edit.output_low_rank, weight)
+    scale = _vector(edit.output_scale, weight, spatial, add=1.0)
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -81,18 +86,29 @@ def _hook(module: nn.Module, edit: Edit) -> None:
         return (changed, *args[1:])
 
     def after(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
-        x = module_input[0]
-        assert out is not None and x is not None
-        if channels_first and out[0].dim() > 2:
-            conv: Any = module
-            inner = conv._conv_forward(x, out[0], None)
-            return y + torch.einsum("or,br...->bo...", out[1], inner)
-        return y + _mix(x, out, channels_first)
+        if out is not None:
+            x = module_input[0]
+            assert x is not None
+            if channels_first and out[0].dim() > 2:
+                y = y + torch.einsum("or,br...->bo...", out[1], _convolve(module, x, out[0]))
+            else:
+                y = y + _mix(x, out, channels_first)
+        return y if scale is None else y * scale
 
     module_input: list[torch.Tensor | None] = [None]
     module.register_forward_pre_hook(before)
-    if out is not None:
+    if out is not None or scale is not None:
         module.register_forward_hook(after)
+
+
+def _convolve(module: Any, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """``x`` convolved as ``module`` does, but over all its channels at once: LoRA's A knows no groups."""
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[kernel.dim() - 2]
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    return convolve(x, kernel, None, module.stride, padding, module.dilation)
 
 
 def _mix(x: torch.Tensor, low: tuple[torch.Tensor, torch.Tensor], channels_first: bool) -> torch.Tensor:
@@ -107,7 +123,8 @@ def _mix(x: torch.Tensor, low: tuple[torch.Tensor, torch.Tensor], channels_first
 def _vector(array: Array | None, like: torch.Tensor, spatial: int, *, add: float = 0.0) -> torch.Tensor | None:
     if array is None:
         return None
-    vector = _tensor(array).to(like.dtype) + add
+    # added in float64 and rounded once: 1 + λ is IA3's own number, which λ alone in float32 would not give back
+    vector = (_tensor(array) + add).to(like.dtype)
     return vector.reshape(-1, *([1] * spatial))
 
 

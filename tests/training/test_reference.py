@@ -13,7 +13,7 @@ from torch import nn
 
 from deployfa import LoRFAConfig, VeFAConfig
 from deployfa.adapter import Adapter, BaseReference
-from deployfa.edits import Edit
+from deployfa.edits import Edit, LowRank
 from deployfa.errors import SiteError
 from deployfa.training.base import base_fingerprint
 from deployfa.training.capture import capture
@@ -95,6 +95,47 @@ def test_convolutions(groups: int) -> None:
         expected = model(x * scale + shift)
         found = attach(copy.deepcopy(model), Adapter("vefa", edits))(x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d", "gpt2"])
+def test_an_output_scale_scales_the_bias_and_what_lora_adds(kind: str) -> None:
+    """``(1 + λ') (W T(x) + c + s' B' A' x)``, written out."""
+    torch.manual_seed(0)
+    axes = int(kind[4]) if kind.startswith("conv") else 0
+    layer = {
+        "linear": lambda: nn.Linear(4, 6),
+        "conv1d": lambda: nn.Conv1d(4, 6, 3, padding=1),
+        "conv2d": lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2),
+        "conv3d": lambda: nn.Conv3d(4, 6, 3, padding="same"),
+        "gpt2": lambda: transformers.pytorch_utils.Conv1D(6, 4),
+    }[kind]()
+    model = nn.Sequential(layer).double()
+    nn.init.normal_(layer.bias)
+    rng = np.random.default_rng(0)
+    low = LowRank(rng.standard_normal((2, 4)), rng.standard_normal((6, 2)), 1.5)
+    if axes:
+        low = LowRank(rng.standard_normal((2, 4, *[3] * axes)), low.b, low.s)
+    edit = Edit(rng.standard_normal(4), output_low_rank=low, output_scale=rng.standard_normal(6))
+    x = torch.randn(2, *([4] + [5] * axes if axes else [5, 4]), dtype=torch.float64)
+
+    def along(vector: np.ndarray) -> torch.Tensor:
+        return torch.tensor(vector).reshape(-1, *[1] * axes)
+
+    with torch.inference_mode():
+        changed = copy.deepcopy(layer)
+        changed.bias.zero_()
+        delta = torch.tensor(low.delta())
+        changed.weight.copy_(delta.T if kind == "gpt2" else delta)
+        expected = (layer(x * along(1 + edit.lam)) + changed(x)) * along(1 + edit.output_scale)
+        found = attach(copy.deepcopy(model), Adapter("x", {"0": edit}))(x)
+        wrong = attach(copy.deepcopy(model), Adapter("x", {"0": Edit(edit.lam, output_low_rank=low)}))(x)
+    assert (found - expected).norm() <= 64 * 2.0**-53 * expected.norm()
+    assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+def test_a_module_without_a_weight_is_no_site() -> None:
+    with pytest.raises(SiteError, match=r"bert\.encoder.*not found"):
+        attach(_bert(), Adapter("vefa", {"bert.encoder": Edit(lam=np.ones(16))}))
 
 
 def test_a_site_or_a_parameter_that_the_model_lacks_is_named() -> None:
