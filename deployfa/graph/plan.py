@@ -271,6 +271,8 @@ def _check_edit(site: Site, edit: Edit) -> None:
         raise PlanError(f"site '{site.path}': its module pads with zeros, which δ must not reach; train without δ")
     if edit.output_low_rank is not None and site.layout == "conv transpose":
         raise PlanError(f"site '{site.path}': a LoRA of a transposed convolution has no form here; merge it with PEFT")
+    if edit.output_scale is not None:
+        raise PlanError(f"site '{site.path}' scales its output (IA3), which no placement holds yet; merge it with PEFT")
 
 
 def _require_folds(planned: Mapping[str, PlannedEdit]) -> None:
