@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from deployfa.adapter.adapter import Adapter, AdapterMeta, BaseReference
+from deployfa.adapter.peft_refusals import refuse_config, refuse_leftover, refuse_method
 from deployfa.adapter.safetensors_io import read_safetensors, write_safetensors
 from deployfa.adapter.torch_zip import read_torch_zip
 from deployfa.edits import Array, Edit
@@ -29,17 +30,6 @@ _NAMES: dict[str, dict[str, str]] = {
     "LORFA": {"lorfa_A": "A", "lorfa_B": "B", "lorfa_delta": "delta"},
     "LORA": {"lora_A.weight": "out_A", "lora_B.weight": "out_B"},
 }
-#: Options of PEFT's LoRA that change what it computes at inference.
-_VARIANTS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_qalora",
-)
 _TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
@@ -54,13 +44,9 @@ def load(path: Path) -> Adapter:
         raise AdapterFormatError(f"'{config_file}' is not valid JSON ({error}); copy it again") from error
     method = str(config.get("peft_type", "")).upper()
     if method not in _NAMES:
-        known = ", ".join(sorted(name.lower() for name in _NAMES))
-        raise AdapterFormatError(f"'{path}' is a PEFT {method or 'unnamed'} checkpoint; deployfa reads {known}")
-    if config.get("use_dora"):
-        raise AdapterFormatError(f"'{path}' is a DoRA checkpoint, whose delta depends on the base weights; merge it")
-    variants = [name for name in _VARIANTS if config.get(name)]
-    if variants:
-        raise AdapterFormatError(f"'{path}' is a LoRA with {variants[0]}, which is no plain s B A; merge it with PEFT")
+        raise refuse_method(str(path), method, _NAMES)
+    if method == "LORA":
+        refuse_config(str(path), config)
     edits, modules = from_state(_tensors(path), config, str(path))
     meta = _meta(path, config, method)
     return Adapter(
@@ -148,7 +134,7 @@ def from_state(
     for full_name, array in tensors.items():
         name = full_name.removeprefix(_PREFIX)
         for theirs, ours in _NAMES[method].items():
-            if name.endswith(f".{theirs}"):
+            if name.endswith(f".{theirs}") and ".base_layer." not in name:
                 sites.setdefault(name.removesuffix(f".{theirs}"), {})[ours] = array
                 break
         else:
@@ -157,7 +143,7 @@ def from_state(
             if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
                 raise AdapterFormatError(f"'{origin}': modules_to_save is not a list of names; copy the config again")
             if not any(_inside(owner, module) for module in saved):
-                raise AdapterFormatError(f"'{origin}': tensor '{full_name}' belongs to no {method} site; not supported")
+                raise refuse_leftover(origin, full_name, method, config)
             modules.setdefault(owner, {})[parameter] = array
     try:
         return {site: _edit(site, parts, config, method) for site, parts in sites.items()}, modules
