@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 
 from deployfa.adapter.adapter import Adapter, AdapterMeta, BaseReference
+from deployfa.adapter.peft_convolutions import CONVOLUTIONS, convolution_of, convolutions, grouped, ungrouped
+from deployfa.adapter.peft_ia3 import KEPT, edit_from, feedforward_modules, kept_vectors, restored, vector_of
 from deployfa.adapter.peft_refusals import refuse_config, refuse_leftover, refuse_method
 from deployfa.adapter.safetensors_io import read_safetensors, write_safetensors
 from deployfa.adapter.torch_zip import read_torch_zip
@@ -29,6 +31,7 @@ _NAMES: dict[str, dict[str, str]] = {
     "VEFA": {"vefa_lambda": "lambda", "vefa_delta": "delta"},
     "LORFA": {"lorfa_A": "A", "lorfa_B": "B", "lorfa_delta": "delta"},
     "LORA": {"lora_A.weight": "out_A", "lora_B.weight": "out_B"},
+    "IA3": {"ia3_l": "l"},
 }
 _TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
@@ -47,7 +50,12 @@ def load(path: Path) -> Adapter:
         raise refuse_method(str(path), method, _NAMES)
     if method == "LORA":
         refuse_config(str(path), config)
-    edits, modules = from_state(_tensors(path), config, str(path))
+    tensors = _tensors(path)
+    edits, modules = from_state(tensors, config, str(path))
+    if method == "IA3" and (path / KEPT).is_file():
+        vectors = {name.removeprefix(_PREFIX).removesuffix(".ia3_l"): array for name, array in tensors.items()}
+        edits = restored(edits, vectors, read_safetensors(path / KEPT)[0])
+    config |= convolutions({name.removeprefix(_PREFIX): array for name, array in tensors.items()})
     meta = _meta(path, config, method)
     return Adapter(
         method=meta.method,
@@ -70,21 +78,42 @@ def save(adapter: Adapter, folder: Path) -> None:
     peft_type = adapter.method.upper()
     if peft_type not in _NAMES:
         raise AdapterFormatError(f"method '{adapter.method}' has no PEFT form; save it as .safetensors")
-    theirs = {ours: name for name, ours in _NAMES[peft_type].items()}
-    tensors: dict[str, Array] = {}
-    for site, edit in adapter.edits.items():
-        for name, array in edit.tensors().items():
-            if name not in {"s", "out_s"}:
-                if name not in theirs:
-                    raise AdapterFormatError(f"site '{site}': PEFT's {peft_type} has no {name}; save as .safetensors")
-                tensors[f"{_PREFIX}{site}.{theirs[name]}"] = array
+    try:
+        tensors = {
+            f"{_PREFIX}{site}.{name}": array
+            for site, edit in adapter.edits.items()
+            for name, array in _to_state(site, edit, peft_type, adapter.config).items()
+        }
+    except EditError as error:
+        raise AdapterFormatError(str(error)) from error
     for module, parameters in adapter.modules.items():
         tensors |= {f"{_PREFIX}{module}.{name}": array for name, array in parameters.items()}
     config = {**_default_config(adapter), **adapter.config, "peft_type": peft_type}
+    config.pop(CONVOLUTIONS, None)
+    if peft_type == "IA3":
+        config["feedforward_modules"] = feedforward_modules(adapter.edits, config)
+        kept = kept_vectors(adapter.edits)
+        if kept:
+            write_safetensors(folder / KEPT, kept, {"format": "pt"})
     _check_scales(adapter, config)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     (folder / "adapter_config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config, order="sorted")))
     (folder / _META).write_bytes(msgspec.json.format(msgspec.json.encode(adapter.meta, order="sorted")))
+
+
+def _to_state(site: str, edit: Edit, peft_type: str, config: Mapping[str, Any]) -> dict[str, Array]:
+    """PEFT's name → tensor, in PEFT's shape; raises ``EditError`` for a part that PEFT's method lacks."""
+    parts = {name: array for name, array in edit.tensors().items() if name not in {"s", "out_s"}}
+    axes, groups = convolution_of(site, config)
+    if peft_type == "IA3":
+        return {"ia3_l": vector_of(site, edit, axes)} if parts else {}
+    theirs = {ours: name for name, ours in _NAMES[peft_type].items()}
+    unknown = [name for name in parts if name not in theirs]
+    if unknown:
+        raise EditError(f"site '{site}': PEFT's {peft_type} has no {unknown[0]}; save as .safetensors")
+    if "out_B" in parts and axes:
+        parts["out_B"] = grouped(site, parts["out_B"], axes, groups)
+    return {theirs[name]: array for name, array in parts.items()}
 
 
 def _default_config(adapter: Adapter) -> dict[str, Any]:
@@ -97,16 +126,25 @@ def _default_config(adapter: Adapter) -> dict[str, Any]:
     if low is not None and "r" not in adapter.config:
         alpha = "lora_alpha" if adapter.method.upper() == "LORA" else "alpha"
         found |= {"r": low.rank, alpha: low.s * low.rank}
+    if any(edit.delta is not None for edit in adapter.edits.values()):
+        found["bias"] = "shift"
     return found
 
 
 def _check_scales(adapter: Adapter, config: Mapping[str, Any]) -> None:
     for site, edit in adapter.edits.items():
         low = edit.input_low_rank or edit.output_low_rank
-        if low is not None and _scaling(site, config) != low.s:
+        if low is None:
+            continue
+        if _scaling(site, config) != low.s:
             raise AdapterFormatError(
                 f"site '{site}': s is {low.s}, but the config's alpha and r give {_scaling(site, config)}; "
                 "save it as .safetensors"
+            )
+        rank = _pattern(site, config.get("rank_pattern"), config.get("r", 8))
+        if rank != low.rank:
+            raise AdapterFormatError(
+                f"site '{site}': its rank is {low.rank}, but the config says {rank}; save it as .safetensors"
             )
 
 
@@ -153,12 +191,14 @@ def from_state(
 
 def _edit(site: str, tensors: Mapping[str, Array], config: Mapping[str, Any], method: str) -> Edit:
     parts = dict(tensors)
+    if method == "IA3":
+        return edit_from(site, parts["l"], config)
     prefix = "out_" if method == "LORA" else ""
     if method in {"LORA", "LORFA"}:
         parts[f"{prefix}s"] = np.asarray(_scaling(site, config), dtype=np.float64)
         b = parts.get(f"{prefix}B")
         if b is not None and b.ndim > 2 and b.size == b.shape[0] * b.shape[1]:
-            parts[f"{prefix}B"] = b.reshape(b.shape[:2])
+            parts[f"{prefix}B"] = ungrouped(b.reshape(b.shape[:2]), len(parts.get(f"{prefix}A", ())))
     return Edit.from_tensors(site, parts)
 
 

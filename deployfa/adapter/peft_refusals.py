@@ -10,7 +10,7 @@ from deployfa.errors import AdapterFormatError
 __all__ = ["MERGE", "TRAIN", "refuse_config", "refuse_leftover", "refuse_method"]
 
 MERGE = "merge it with PEFT's merge_and_unload() and export the merged model"
-TRAIN = "it cannot be merged either; train vefa, lorfa, lora or ia3 instead"
+TRAIN = "it cannot be merged either; train vefa, lorfa or lora instead"
 
 #: Methods that PEFT can merge into the weights.
 _MERGEABLE = {

@@ -9,8 +9,10 @@ from typing import Any
 import ml_dtypes
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from deployfa.adapter import Adapter, BaseReference
+from deployfa.adapter.peft_convolutions import CONVOLUTIONS
 from deployfa.adapter.peft_directory import from_state
 from deployfa.edits import Array
 from deployfa.training.base import base_fingerprint
@@ -28,7 +30,7 @@ def capture(
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """The named adapter of ``model`` as an ``Adapter``, with the fingerprint of the base below it."""
-    config = _plain(model.peft_config[adapter_name].to_dict())
+    config = _plain(model.peft_config[adapter_name].to_dict()) | _convolutions(model)
     state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
     edits, modules = from_state({name: _numpy(tensor) for name, tensor in state.items()}, config, "the trained model")
     return Adapter(
@@ -69,6 +71,21 @@ def head_only(
         task=task,
     )
     return Adapter("head", {}, replaced, base, tuple(labels), {}, dict(training), "captured from a model")
+
+
+def _convolutions(model: torch.nn.Module) -> dict[str, dict[str, list[int]]]:
+    """The adapted convolutions, for the adapter's config: see ``deployfa.adapter.peft_convolutions``."""
+    layers = {
+        path.removeprefix("base_model.model."): module.get_base_layer()
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    found = {
+        path: [layer.weight.dim() - 2, layer.groups]
+        for path, layer in layers.items()
+        if isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d)
+    }
+    return {CONVOLUTIONS: found} if found else {}
 
 
 def _numpy(tensor: torch.Tensor) -> Array:

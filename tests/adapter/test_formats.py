@@ -28,7 +28,7 @@ def bits(adapter):
 
 @pytest.mark.parametrize("form", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("method", ["vefa", "lorfa", "lora"])
+@pytest.mark.parametrize("method", ["vefa", "lorfa", "lora", "ia3"])
 def test_round_trip_is_bit_exact(tmp_path, make_adapter, method, dtype, form):
     adapter = make_adapter(method, dtype)
     before = bits(adapter)
@@ -125,9 +125,10 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, make_adapter, 
 
 @given(st.data())
 @MANY
-@pytest.mark.parametrize("form", ["pt", "safetensors", "directory"])
+@pytest.mark.parametrize("form", ["pt", "safetensors", "directory", "ia3 directory"])
 def test_a_damaged_file_is_read_or_refused_but_never_crashes(tmp_path, make_adapter, form, data):
-    path = make_adapter("lorfa").save(tmp_path / f"whole{SUFFIXES[form]}", force=True)
+    method, form = ("ia3", "directory") if form == "ia3 directory" else ("lorfa", form)
+    path = make_adapter(method).save(tmp_path / f"whole{SUFFIXES[form]}", force=True)
     file = path / data.draw(st.sampled_from(sorted(p.name for p in path.iterdir()))) if path.is_dir() else path
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):

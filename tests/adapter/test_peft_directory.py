@@ -71,13 +71,18 @@ def test_foreign_lora_on_gpt2_conv1d(tmp_path, gpt2, perturbed, same_effect):
     assert same_effect(gpt2, adapted, adapter)
 
 
-def test_foreign_lora_on_convolutions(tmp_path, convolutions, perturbed, same_effect):
-    adapted = perturbed(convolutions, LoraConfig(r=2, lora_alpha=3, target_modules=["conv", "line", "linear"]))
-    adapted.save_pretrained(tmp_path)
-    adapter = Adapter.load(tmp_path)
+def test_foreign_lora_on_convolutions(tmp_path, convolutions, perturbed, same_effect, logits):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["conv", "groups", "line", "linear"])
+    adapted = perturbed(convolutions, config)
+    adapted.save_pretrained(tmp_path / "theirs")
+    adapter = Adapter.load(tmp_path / "theirs")
     assert adapter.edits["conv"].output_low_rank.a.shape == (2, 3, 3, 3)
     assert adapter.edits["line"].output_low_rank.b.shape == (5, 2)
+    # PEFT's B of a grouped convolution reads one column for each group; the edit's B says so with zeros
+    assert np.array_equal(adapter.edits["groups"].output_low_rank.b != 0, [[1, 0], [1, 0], [0, 1], [0, 1]])
     assert same_effect(convolutions, adapted, adapter)
+    again = PeftModel.from_pretrained(copy.deepcopy(convolutions).double(), adapter.save(tmp_path / "ours"))
+    assert np.array_equal(logits(again.double().eval()), logits(adapted))
 
 
 def test_legacy_bin(tmp_path, bert, perturbed, same_effect):

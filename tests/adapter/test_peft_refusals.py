@@ -45,7 +45,7 @@ def test_a_method_that_merges(tmp_path, bert, name):
     adapted = get_peft_model(copy.deepcopy(bert), copy.deepcopy(METHODS[name]))
     adapted.save_pretrained(tmp_path)
     message = refusal(tmp_path)
-    assert f"is a PEFT {name} checkpoint; deployfa reads lora, lorfa, vefa; {MERGE}" in message
+    assert f"is a PEFT {name} checkpoint; deployfa reads ia3, lora, lorfa, vefa; {MERGE}" in message
     merged = adapted.merge_and_unload()
     assert type(merged) is type(bert) and not any("base_layer" in key for key in merged.state_dict())
 
