@@ -13,14 +13,21 @@ from deployfa.errors import InputError
 
 __all__ = ["convert"]
 
-_SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors", "peft": "", "lora": ""}
+#: What --out must end in; a method that any form holds is written in the form that --out names.
+_SUFFIXES = {"pt": [".pt"], "safetensors": [".safetensors"], "peft": [""], "lora": [""], "ia3": [""]}
+_FORMS = {".pt": "a name that ends in .pt", ".safetensors": "a name that ends in .safetensors"}
 
 
 def convert(
     file: Annotated[Path, typer.Argument(help="A .pt, a .safetensors, or a PEFT directory.", show_default=False)],
     to: Annotated[
-        Literal["pt", "safetensors", "peft", "lora"],
-        typer.Option("--to", help="lora: a LoRFA as the LoRA that equals it, in a PEFT directory.", show_default=False),
+        Literal["pt", "safetensors", "peft", "lora", "ia3", "vefa"],
+        typer.Option(
+            "--to",
+            help="A form (pt, safetensors, peft), or the method that equals this one: lora for a LoRFA, ia3 for a VeFA "
+            "(PEFT directories), vefa for an IA3 (the form that --out names).",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
     strength: StrengthOption = 1.0,
@@ -29,20 +36,26 @@ def convert(
 ) -> None:
     """Write an adapter in another form, where that is exact; refuse, with the reason, where it is not.
 
-    Example: deployfa convert lorfa.pt --to lora --out lora
+    Examples: deployfa convert lorfa.pt --to lora --out lora
+
+    deployfa convert vefa.pt --to ia3 --out ia3, and back: deployfa convert ia3 --to vefa --out vefa.pt
     """
     from deployfa.adapter import Adapter
     from deployfa.atomic import check_output
-    from deployfa.convert import to_lora, with_strength
+    from deployfa.convert import to_ia3, to_lora, to_vefa, with_strength
 
-    wanted = _SUFFIXES[to]
-    if out.suffix != wanted:
-        form = f"a name that ends in {wanted}" if wanted else "a directory, a name without a suffix"
-        raise InputError(f"--to {to} writes {form}, not '{out}'")
+    wanted = _SUFFIXES.get(to, [".pt", ".safetensors", ""])
+    if out.suffix not in wanted:
+        forms = " or ".join(_FORMS.get(suffix, "a directory, a name without a suffix") for suffix in wanted)
+        raise InputError(f"--to {to} writes {forms}, not '{out}'")
     check_output(out, force=force)
     adapter = with_strength(Adapter.load(file), strength)
     if to == "lora":
         with spinner("converting") as status:
             adapter = to_lora(adapter, model=model, status=status)
+    elif to == "ia3":
+        adapter = to_ia3(adapter)
+    elif to == "vefa":
+        adapter = to_vefa(adapter)
     adapter.save(out, force=force)
     done(f"wrote '{out}'; next: deployfa inspect {out}")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from deployfa.adapter import Adapter
+from deployfa.adapter.peft_convolutions import CONVOLUTIONS
 from deployfa.base_graphs import base_graph
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.errors import EditError, InputError, SiteError
 from deployfa.graph.sites import find_sites
 
-__all__ = ["to_lora", "with_strength"]
+__all__ = ["to_ia3", "to_lora", "to_vefa", "with_strength"]
 
 
 def with_strength(adapter: Adapter, strength: float) -> Adapter:
@@ -63,16 +65,65 @@ def to_lora(
     if len(ranks) != 1 or len(scales) != 1:
         raise InputError("sites differ in rank or scale; convert adapters of one rank")
     rank, scale = ranks.pop(), scales.pop()
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "target_modules": sorted(edits),
+    config = {**_config(adapter, "LORA"), "r": rank, "lora_alpha": scale * rank}
+    return dataclasses.replace(adapter, method="lora", edits=edits, config=config, found="converted from LoRFA")
+
+
+def to_ia3(adapter: Adapter) -> Adapter:
+    """VeFA → IA3 of the feed-forward kind at every site: ``l = 1 + λ``, the same T.  An IA3 is returned as it is.
+
+    The arrays stay the same objects; saved as a PEFT directory, λ survives bit for bit (see
+    ``deployfa.adapter.peft_ia3``).  Raises ``InputError`` for an edit that is more than a factor on the input.
+    """
+    if adapter.method == "ia3":
+        return adapter
+    if not adapter.edits:
+        raise InputError("the adapter edits no layer, so there is nothing to write as IA3; pass a VeFA")
+    for site, edit in adapter.edits.items():
+        if edit.delta is not None:
+            raise InputError(f"site '{site}' has a shift δ, which IA3 cannot hold; train without --shift")
+        if edit.lam is None or set(edit.tensors()) != {"lambda"}:
+            raise InputError(
+                f"site '{site}' is no factor on the input alone, and IA3 only scales; export the adapter itself"
+            )
+    config = {**_config(adapter, "IA3"), "feedforward_modules": sorted(adapter.edits)}
+    return dataclasses.replace(adapter, method="ia3", config=config, found="converted from VeFA")
+
+
+def to_vefa(adapter: Adapter) -> Adapter:
+    """IA3 of the feed-forward kind → VeFA: ``λ = l - 1``, the same T.  A VeFA is returned as it is.
+
+    Raises ``InputError`` for an edit that is more than a factor on the input: IA3 outside ``feedforward_modules``
+    scales what a layer gives, bias included, and a VeFA only what it reads.
+    """
+    if adapter.method == "vefa":
+        return adapter
+    if not adapter.edits:
+        raise InputError("the adapter edits no layer, so there is nothing to write as VeFA; pass an IA3")
+    for site, edit in adapter.edits.items():
+        if edit.output_scale is not None:
+            raise InputError(
+                f"site '{site}' scales its output, bias included, and VeFA scales the input: none equals it; "
+                "export the IA3 itself"
+            )
+        if edit.lam is None or set(edit.tensors()) != {"lambda"}:
+            raise InputError(
+                f"site '{site}' is no factor on the input, so no VeFA equals it; export the adapter itself"
+            )
+    return dataclasses.replace(adapter, method="vefa", config=_config(adapter, "VEFA"), found="converted from IA3")
+
+
+def _config(adapter: Adapter, peft_type: str) -> dict[str, Any]:
+    """What PEFT must know of the converted adapter, whatever made the one before."""
+    kept = {CONVOLUTIONS: adapter.config[CONVOLUTIONS]} if CONVOLUTIONS in adapter.config else {}
+    return {
+        "peft_type": peft_type,
+        "target_modules": sorted(adapter.edits),
         "modules_to_save": sorted(adapter.modules) or None,
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path") or adapter.base.name,
+        **kept,
     }
-    return dataclasses.replace(adapter, method="lora", edits=edits, config=config, found="converted from LoRFA")
 
 
 def _scaled(edit: Edit, t: float) -> Edit:

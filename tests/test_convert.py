@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deployfa.adapter import Adapter
-from deployfa.convert import to_lora, with_strength
+from deployfa.adapter.peft_ia3 import KEPT
+from deployfa.convert import to_ia3, to_lora, to_vefa, with_strength
 from deployfa.edits import Edit, LowRank, apply_input, fold_matrix
 from deployfa.errors import EditError, InputError
 from deployfa.training.base import load_base
@@ -142,6 +143,110 @@ def test_both_sides_do_not_convert(trained: dict[str, Path]) -> None:
         to_lora(dataclasses.replace(lorfa, edits={site: both}))
 
 
+def bits(adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {name: (a.dtype.name, a.shape, a.tobytes()) for name, a in adapter.tensors().items()}
+
+
+def test_vefa_to_ia3_and_back_is_bit_exact(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    vefa = Adapter.load(trained["vefa"])
+    for command in (
+        ("convert", trained["vefa"], "--to", "ia3", "-o", tmp_path / "ia3"),
+        ("convert", tmp_path / "ia3", "--to", "vefa", "-o", tmp_path / "back.pt"),
+        ("convert", tmp_path / "ia3", "--to", "vefa", "-o", tmp_path / "back"),
+        ("convert", tmp_path / "ia3", "--to", "safetensors", "-o", tmp_path / "ia3.safetensors"),
+        ("convert", tmp_path / "ia3.safetensors", "--to", "vefa", "-o", tmp_path / "back.safetensors"),
+    ):
+        result = cli(*command)
+        assert result.returncode == 0, result.stderr
+    for name in ("back.pt", "back", "back.safetensors"):
+        back = Adapter.load(tmp_path / name)
+        assert bits(back) == bits(vefa)
+        assert (back.method, back.base, back.labels, back.training) == ("vefa", vefa.base, vefa.labels, vefa.training)
+    # without the λ beside it, only the bits that l has kept come back
+    (tmp_path / "ia3" / KEPT).unlink()
+    assert bits(to_vefa(Adapter.load(tmp_path / "ia3"))) != bits(vefa)
+
+
+def test_peft_loads_the_ia3(base, trained: dict[str, Path], minilm_dir: Path, tmp_path: Path) -> None:
+    import json
+
+    vefa = Adapter.load(trained["vefa"])
+    path = to_ia3(vefa).save(tmp_path / "ia3")
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["feedforward_modules"] == config["target_modules"] == sorted(vefa.edits)
+    fresh = load_base(minilm_dir, "text-classification", labels=["negative", "positive"])
+    model = peft.PeftModel.from_pretrained(fresh.model, str(path)).eval().double()
+    with torch.inference_mode():
+        found = model(**FEEDS).logits.numpy()
+    expected = logits(base, vefa)
+    # l = 1 + λ is rounded once to float32
+    assert np.linalg.norm(found - expected) <= 16 * 2.0**-24 * np.linalg.norm(expected)
+    plain = logits(base, Adapter("head", {}, vefa.modules, vefa.base, vefa.labels))
+    assert np.linalg.norm(plain - expected) > 1e-3 * np.linalg.norm(expected)
+
+
+def test_a_foreign_ia3_becomes_a_vefa_and_is_written_again_bit_for_bit(base, tmp_path: Path) -> None:
+    import copy
+
+    from safetensors.numpy import load_file
+
+    config = peft.IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["query", "output.dense"])
+    adapted = peft.get_peft_model(copy.deepcopy(base.model), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "ia3_l" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "theirs")
+    vefa = to_vefa(Adapter.load(tmp_path / "theirs"))
+    again = to_ia3(Adapter.load(vefa.save(tmp_path / "vefa"))).save(tmp_path / "again")
+    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", again))
+    assert {name: a.tobytes() for name, a in theirs.items()} == {name: a.tobytes() for name, a in ours.items()}
+    with torch.inference_mode():
+        expected = adapted.double()(**FEEDS).logits.numpy()
+    assert np.linalg.norm(logits(base, vefa) - expected) <= 64 * 2.0**-53 * np.linalg.norm(expected)
+
+
+def test_convolutions_of_a_captured_vefa_are_ia3_that_peft_loads(tmp_path: Path) -> None:
+    import copy
+
+    from deployfa import VeFAConfig
+    from deployfa.training.capture import capture
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(24, 2)).double()
+    adapted = peft.get_peft_model(copy.deepcopy(model), VeFAConfig(target_modules=["0", "2"])).double()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "vefa" in name:
+                parameter.copy_(torch.randn_like(parameter).float())
+    path = to_ia3(capture(adapted)).save(tmp_path / "ia3")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), path).double()
+    x = torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    with torch.inference_mode():
+        expected, found = adapted(x), again(x)
+    assert (found - expected).norm() <= 16 * 2.0**-24 * expected.norm()
+    assert bits(to_vefa(Adapter.load(path))) == bits(capture(adapted))
+
+
+@pytest.mark.parametrize(
+    ("convert", "edit", "message"),
+    [
+        (to_ia3, Edit(np.ones(2), delta=np.ones(2)), r"site 'fc' has a shift δ, which IA3 cannot hold"),
+        (to_ia3, Edit(input_low_rank=LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0)), "no factor on the input alone"),
+        (to_ia3, Edit(), "no factor on the input alone"),
+        (to_vefa, Edit(output_scale=np.ones(2)), "scales its output, bias included, and VeFA scales the input"),
+        (to_vefa, Edit(np.ones(2), output_scale=np.ones(2)), "scales its output"),
+        (to_vefa, Edit(output_low_rank=LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0)), "no factor on the input"),
+    ],
+)
+def test_what_has_no_such_form(convert, edit: Edit, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        convert(Adapter("other", {"fc": edit}))
+    with pytest.raises(InputError, match="edits no layer"):
+        convert(Adapter("head", {}))
+
+
 def test_the_command(cli, trained: dict[str, Path], tmp_path: Path) -> None:
     for to, name in (("safetensors", "a.safetensors"), ("pt", "a.pt"), ("peft", "a"), ("lora", "b")):
         result = cli("convert", trained["lorfa"], "--to", to, "-o", tmp_path / name)
@@ -154,3 +259,10 @@ def test_the_command(cli, trained: dict[str, Path], tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "full rank" in refused.stderr
     assert not (tmp_path / "d").exists()
+    for to, out in (("ia3", "e.pt"), ("vefa", "e.bin")):
+        wrong = cli("convert", trained["vefa"], "--to", to, "-o", tmp_path / out)
+        assert wrong.returncode == 2 and f"--to {to} writes" in wrong.stderr and "a directory" in wrong.stderr
+    for to in ("ia3", "vefa"):
+        refused = cli("convert", trained["lora"], "--to", to, "-o", tmp_path / "f")
+        assert refused.returncode == 2 and "no factor on the input" in refused.stderr
+        assert not (tmp_path / "f").exists()

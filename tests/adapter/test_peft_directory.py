@@ -103,8 +103,8 @@ def test_a_foreign_checkpoint_survives_our_formats(tmp_path, bert, form, perturb
         assert np.array_equal(logits(again), logits(adapted))
 
 
-@pytest.mark.parametrize("method", ["vefa", "lorfa", "lora"])
-def test_peft_takes_what_we_write_even_of_an_adapter_made_by_hand(tmp_path, bert, method, same_effect):
+@pytest.mark.parametrize("kind", ["vefa", "lorfa", "lora", "vefa-shift", "lorfa-shift", "ia3"])
+def test_peft_takes_what_we_write_even_of_an_adapter_made_by_hand(tmp_path, bert, kind, same_effect):
     import deployfa.training.tuners  # noqa: F401  so that PEFT knows the methods
 
     rng = np.random.default_rng(0)
@@ -116,7 +116,11 @@ def test_peft_takes_what_we_write_even_of_an_adapter_made_by_hand(tmp_path, bert
         "vefa": lambda: Edit(lam=draw(16)),
         "lorfa": lambda: Edit(input_low_rank=LowRank(draw(4, 16), draw(16, 4), 0.625)),
         "lora": lambda: Edit(output_low_rank=LowRank(draw(4, 16), draw(16, 4), 0.625)),
-    }[method]
+        "vefa-shift": lambda: Edit(lam=draw(16), delta=draw(16)),
+        "lorfa-shift": lambda: Edit(input_low_rank=LowRank(draw(4, 16), draw(16, 4), 0.625), delta=draw(16)),
+        "ia3": lambda: Edit(lam=draw(16).astype(np.float32).astype(np.float64) - 1),
+    }[kind]
+    method = kind.partition("-")[0]
     sites = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
     head = {"classifier": {"weight": draw(3, 16), "bias": draw(3)}}
     adapter = Adapter(method, {site: edits() for site in sites}, head)
@@ -129,6 +133,14 @@ def test_peft_takes_what_we_write_even_of_an_adapter_made_by_hand(tmp_path, bert
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
+        (
+            Adapter(
+                "lora",
+                {"fc": Edit(output_low_rank=LowRank(np.ones((2, 2)), np.ones((2, 2)), 0.5))},
+                config={"r": 4, "lora_alpha": 2},
+            ),
+            r"its rank is 2, but the config says 4; save it as \.safetensors",
+        ),
         (
             Adapter(
                 "vefa", {"fc": Edit(lam=np.ones(2), input_low_rank=LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0))}
