@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deployfa.cli import apply, bench, convert, demo, export, fetch, inspect, models, plan, run, train, verify
+from deployfa.cli import apply, bench, convert, demo, export, fetch, inspect, merge, models, plan, run, train, verify
 
 __all__ = ["app"]
 
@@ -36,6 +36,7 @@ for command in (
     train.train,
     inspect.inspect,
     convert.convert,
+    merge.merge,
     plan.plan,
     export.export,
     apply.apply,

@@ -30,6 +30,7 @@ def test_every_command_has_help_and_an_own_line(cli) -> None:
         "train",
         "inspect",
         "convert",
+        "merge",
         "plan",
         "export",
         "verify",
