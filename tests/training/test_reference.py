@@ -25,6 +25,7 @@ CONFIGS = {
     "lorfa": lambda **k: LoRFAConfig(**k, r=3, alpha=5),
     "lorfa-shift": lambda **k: LoRFAConfig(**k, r=3, alpha=5, bias="shift"),
     "lora": lambda **k: peft.LoraConfig(**k, r=3, lora_alpha=5),
+    "ia3": lambda **k: peft.IA3Config(**k, feedforward_modules=["dense"]),
 }
 
 
@@ -44,7 +45,7 @@ def _perturbed(model: nn.Module, method: str) -> peft.PeftModel:
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter), alpha=1.0)
-                assert "modules_to_save" in name or "vefa" in name or "lorfa" in name or "lora" in name
+                assert "modules_to_save" in name or "vefa" in name or "lor" in name or "ia3" in name
     return adapted.eval().double()
 
 
@@ -75,7 +76,7 @@ def test_a_wrong_tensor_is_seen(method: str) -> None:
     adapter = capture(adapted)
     site = next(iter(adapter.edits))
     tensors = {name: array.copy() for name, array in adapter.edits[site].tensors().items()}
-    name = "lambda" if "lambda" in tensors else "B" if "B" in tensors else "out_B"
+    name = next(name for name in ("lambda", "B", "out_B", "out_lambda") if name in tensors)
     tensors[name][[0, 1]] = tensors[name][[1, 0]]
     wrong = Adapter(adapter.method, {**adapter.edits, site: Edit.from_tensors(site, tensors)}, adapter.modules)
     with torch.inference_mode():
