@@ -17,7 +17,7 @@ from torch import nn
 
 from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit, LowRank
-from deployfa.errors import SiteError
+from deployfa.errors import EditError, SiteError
 from deployfa.training.base import Base, base_fingerprint, load_base_of
 
 __all__ = ["adapted_model", "attach", "load_adapted"]
@@ -38,7 +38,7 @@ def load_adapted(base: Base, adapter: Adapter, *, dtype: torch.dtype, edits: boo
 def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Module:
     """Hook every edit onto ``model`` and write the replaced modules over its own, in the dtype that ``model`` has.
 
-    Raises ``SiteError`` for a site or parameter that the model lacks.
+    Raises ``SiteError`` for a site or parameter that the model lacks, ``EditError`` for a transposed LoRA convolution.
     """
     modules = dict(model.named_modules())
     for path, parameters in adapter.modules.items():
@@ -55,6 +55,10 @@ def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Modu
         if missing:
             raise SiteError.unknown(missing, weighted)
         for path, edit in adapter.edits.items():
+            if edit.output_low_rank is not None and getattr(modules[path], "transposed", False):
+                raise EditError(
+                    f"site '{path}': a LoRA of a transposed convolution has no form here; merge it with PEFT"
+                )
             _hook(modules[path], edit)
     return model
 
@@ -67,7 +71,7 @@ def check_base(base: Base, adapter: Adapter, *, allow_mismatch: bool = False) ->
 
 def _hook(module: nn.Module, edit: Edit) -> None:
     weight: Any = module.weight
-    channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    channels_first = isinstance(module, nn.modules.conv._ConvNd)
     spatial = weight.dim() - 2 if channels_first else 0
     lam = _vector(edit.lam, weight, spatial, add=1.0)
     delta = _vector(edit.delta, weight, spatial)

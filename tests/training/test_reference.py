@@ -14,7 +14,7 @@ from torch import nn
 from deployfa import LoRFAConfig, VeFAConfig
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.edits import Edit, LowRank
-from deployfa.errors import SiteError
+from deployfa.errors import EditError, SiteError
 from deployfa.training.base import base_fingerprint
 from deployfa.training.capture import capture
 from deployfa.training.reference import attach
@@ -132,6 +132,23 @@ def test_an_output_scale_scales_the_bias_and_what_lora_adds(kind: str) -> None:
         wrong = attach(copy.deepcopy(model), Adapter("x", {"0": Edit(edit.lam, output_low_rank=low)}))(x)
     assert (found - expected).norm() <= 64 * 2.0**-53 * expected.norm()
     assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_transposed_convolutions_have_channels_first_too(axes: int) -> None:
+    """Width equal to the channels: scaled along the wrong axis, it would run and be wrong."""
+    torch.manual_seed(0)
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    model = nn.Sequential(layer(4, 4, 1)).double()
+    edit = Edit(np.linspace(-0.5, 0.5, 4), delta=np.linspace(1, 2, 4), output_scale=np.linspace(2, 3, 4))
+    x = torch.randn(2, *[4] * (axes + 1), dtype=torch.float64)
+    lam, delta, scale = (torch.tensor(a).reshape(4, *[1] * axes) for a in (edit.lam, edit.delta, edit.output_scale))
+    low = LowRank(np.ones((1, 4)), np.ones((4, 1)), 1.0)
+    with torch.inference_mode():
+        expected = model(x * (1 + lam) + delta) * (1 + scale)
+        assert torch.equal(attach(copy.deepcopy(model), Adapter("x", {"0": edit}))(x), expected)
+    with pytest.raises(EditError, match="LoRA of a transposed convolution"):
+        attach(model, Adapter("lora", {"0": Edit(output_low_rank=low)}))
 
 
 def test_a_module_without_a_weight_is_no_site() -> None:
