@@ -94,7 +94,8 @@ def work(method: str, graph: Path) -> dict[str, float]:
         return Edit(input_low_rank=LowRank(a.astype(np.float32), b.astype(np.float32), 1.0))
 
     adapter = Adapter(
-        method, {site: edit(1536 if site.endswith("output.dense") and "attention" not in site else 384) for site in SITES}
+        method,
+        {site: edit(1536 if site.endswith("output.dense") and "attention" not in site else 384) for site in SITES},
     )
     before = resident("VmRSS")
     # 5: forget the peak so far (that of the imports)

@@ -104,9 +104,9 @@ def _told(each: Located) -> LocatedSite:
 
 def _size(edit: Edit) -> tuple[int, int] | None:
     """(k, d) as far as an edit says; -1 for what it leaves open."""
-    k = edit.in_features
-    d = int(edit.output_low_rank.b.shape[0]) if edit.output_low_rank is not None else -1
-    return None if k is None else (k, d)
+    outputs = edit.output_low_rank.b if edit.output_low_rank is not None else edit.output_scale
+    k, d = edit.in_features, None if outputs is None else int(outputs.shape[0])
+    return (-1 if k is None else k, -1 if d is None else d)
 
 
 def _head_size(parameters: Mapping[str, Array]) -> tuple[int, int] | None:

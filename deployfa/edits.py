@@ -110,6 +110,12 @@ class Edit:
         return edit
 
     @property
+    def changes_weight(self) -> bool:
+        """Whether a fold changes the weight: everything but δ does."""
+        parts = (self.lam, self.input_low_rank, self.output_low_rank, self.output_scale)
+        return any(part is not None for part in parts)
+
+    @property
     def parameters(self) -> int:
         """How many trained numbers the edit holds (s is not trained)."""
         return sum(a.size for name, a in self.tensors().items() if not name.endswith("s"))
@@ -214,7 +220,9 @@ def fold_matrix(edit: Edit, weight: Array, bias: Array | None) -> tuple[Float64,
     if edit.lam is not None:
         folded *= 1.0 + edit.lam.astype(np.float64)
     if edit.input_low_rank is not None:
-        folded += w @ edit.input_low_rank.delta()
+        # (W B) A takes r (d + k) products a row where W (B A) takes k²
+        low = edit.input_low_rank
+        folded += low.s * ((w @ low.b.astype(np.float64)) @ low.a.astype(np.float64))
     if edit.output_low_rank is not None:
         folded += edit.output_low_rank.delta()
     passed = None if edit.delta is None else w @ edit.delta.astype(np.float64)

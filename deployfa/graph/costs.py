@@ -30,8 +30,7 @@ class Cost:
 def own_weight_cost(site: Site, edit: Edit) -> Cost:
     """A fold costs nothing at run time; a shared weight costs its own copy, a new bias one addition per output."""
     itemsize, d = _itemsize(site), site.out_features
-    only_shift = edit.lam is None and edit.input_low_rank is None and edit.output_low_rank is None
-    weight = 0 if only_shift else site.weight.stored_bytes
+    weight = site.weight.stored_bytes if edit.changes_weight else 0
     flops = traffic = stored = 0
     patch, note = weight, ""
     if site.weight.embeds and weight:
@@ -42,6 +41,8 @@ def own_weight_cost(site: Site, edit: Edit) -> Cost:
         stored += weight
     if site.weight.quantised and weight:
         note += "; into its scales, the integers stay"
+    if edit.output_scale is not None and edit.delta is None and any(use.bias_value is not None for use in site.uses):
+        patch += itemsize * d
     if edit.delta is not None:
         shift = itemsize * d * math.prod(site.experts)
         patch += shift
@@ -70,6 +71,8 @@ def side_op_cost(site: Site, edit: Edit, form: Literal["input", "output"] = "inp
     if edit.output_low_rank is not None:
         low_flops, low_moved = _low_rank(edit.output_low_rank, k, d)
         flops, moved = flops + low_flops, moved + low_moved
+    if edit.output_scale is not None:
+        flops, moved = flops + d, moved + 2 * d
     uses, stored = len(site.uses), numbers * itemsize
     return Cost(flops * uses, moved * itemsize * uses, stored, stored)
 

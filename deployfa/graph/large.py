@@ -41,9 +41,11 @@ def fold_rows(weight: Weight, edit: Edit, owner: str, *, rows_are_inputs: bool, 
 
     Stored as ``S = Wᵀ: (k, d)`` (``rows_are_inputs``): ``S' = (1+λ) ⊙ S + s Aᵀ (Bᵀ S) + (s'/α) A'ᵀ B'ᵀ``, where the
     (r, d) product ``Bᵀ S`` takes a pass of its own.  Stored as ``W: (d, k)``: ``W' = W ⊙ (1+λ) + s (W B) A + …``.
+    All of it times ``1+λ'`` over the outputs, if there is a λ'.
     """
     source = _Source(weight, owner)
     scale = None if edit.lam is None else 1.0 + edit.lam.astype(np.float64)
+    outer = None if edit.output_scale is None else 1.0 + edit.output_scale.astype(np.float64)
     low, out = edit.input_low_rank, edit.output_low_rank
 
     def by_inputs() -> Array:
@@ -58,7 +60,7 @@ def fold_rows(weight: Weight, edit: Edit, owner: str, *, rows_are_inputs: bool, 
                 result = result + low.s * (low.a[:, at].astype(np.float64).T @ mixed)
             if out is not None:
                 result = result + out.s / alpha * (out.a[:, at].astype(np.float64).T @ out.b.astype(np.float64).T)
-            return result
+            return result if outer is None else result * outer
 
         return source.assemble(changed)
 
@@ -69,7 +71,7 @@ def fold_rows(weight: Weight, edit: Edit, owner: str, *, rows_are_inputs: bool, 
                 result = result + low.s * ((block @ low.b.astype(np.float64)) @ low.a.astype(np.float64))
             if out is not None:
                 result = result + out.s / alpha * (out.b[at].astype(np.float64) @ out.a.astype(np.float64))
-            return result
+            return result if outer is None else result * outer[at, None]
 
         return source.assemble(changed)
 

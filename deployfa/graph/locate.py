@@ -181,7 +181,7 @@ def _alike(uses: Iterable[Use]) -> list[list[Use]]:
 
 
 def _fits(use: Use, size: tuple[int, int] | None) -> bool:
-    return size is None or all(have in {want, -1} for have, want in zip(size, _size(use), strict=True))
+    return size is None or all(want in {have, -1} for want, have in zip(size, _size(use), strict=True))
 
 
 def _size(use: Use) -> tuple[int, int]:

@@ -80,7 +80,9 @@ class Nodes:
         if old.is_graph_output():
             name = old.name
             self._graph.outputs[list(self._graph.outputs).index(old)] = new
-            old.name, new.name = f"{name}_unadapted", name
+            maker = new.producer()
+            step = maker.op_type.lower() if maker is not None else "side_op"
+            old.name, new.name = f"{name}_before_{step}", name
 
     @staticmethod
     def untold(source: ir.Value) -> ir.Value:

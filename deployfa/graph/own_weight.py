@@ -41,11 +41,19 @@ def why_not_own_weight(site: Site, edit: Edit, *, untie: bool = False) -> str | 
             blocked = why_not_scaled(site, "in", scale)
             if blocked is not None:
                 return blocked
+        if edit.output_scale is not None:
+            blocked = why_not_scaled(site, "out", 1.0 + edit.output_scale.astype(np.float64))
+            if blocked is not None:
+                return blocked
     if site.groups != 1 and low_rank:
         return "low rank before a grouped convolution"
     if site.layout == "conv transpose" and edit.output_low_rank is not None and set(site.kernel) != {1}:
         return "low rank beside a transposed convolution"
-    return None if edit.delta is None else _why_not_shifted(site)
+    if edit.delta is not None and any(use.zero_padding for use in site.uses):
+        return "δ before a zero-padded convolution"
+    if edit.delta is not None and site.layout == "conv transpose":
+        return "δ before a transposed convolution"
+    return None if edit.delta is None and edit.output_scale is None else _why_not_rebiased(site)
 
 
 def why_not_scaled(site: Site, which: Axis, factor: Array) -> str | None:
@@ -77,7 +85,7 @@ def why_not_use_scaled(use: Use, which: Axis, factor: Array, ours: set[ir.Node])
 
 
 def fold_into_own_weight(graph: ir.Graph, site: Site, edit: Edit) -> None:
-    """``W' = W (diag(1+λ) + s B A) + s' B' A'``, ``c' = c + W δ``; see ``deployfa.edits``.
+    """``W' = diag(1+λ') (W (diag(1+λ) + s B A) + s' B' A')``, ``c' = (1+λ') ⊙ (c + W δ)``; see ``deployfa.edits``.
 
     A Gemm computes ``α W x + β c``: the edit is folded into ``α W`` and divided by α, so that LoRA's delta, which adds
     to the output, comes out right.  Of a quantised weight only the scales change.
@@ -86,30 +94,42 @@ def fold_into_own_weight(graph: ir.Graph, site: Site, edit: Edit) -> None:
     if is_large(site.weight):
         _fold_large(graph, site, edit)
         return
-    weight = site.constant_weight()
-    assert weight is not None  # the plan places here only constant weights
-    folded, passed = _fold(site, edit, weight.astype(np.float64) * first.alpha)
-    if site.weight.quantised:
-        if edit.lam is not None:
-            scale_weight(graph, site, "in", 1.0 + edit.lam.astype(np.float64))
-    elif edit.lam is not None or edit.input_low_rank is not None or edit.output_low_rank is not None:
-        write_weight(graph, site, in_layout(folded / first.alpha, site.layout, site.groups))
-    if passed is not None:
-        for use in site.uses:
-            set_bias(graph, site, use, _bias(use, passed.shape) + passed)
+    passed = None
+    if edit.delta is not None or not site.weight.quantised:
+        weight = site.constant_weight()
+        assert weight is not None  # the plan places here only constant weights
+        folded, passed = _fold(site, edit, weight.astype(np.float64) * first.alpha)
+        if edit.changes_weight and not site.weight.quantised:
+            write_weight(graph, site, in_layout(folded / first.alpha, site.layout, site.groups))
+    if site.weight.quantised and edit.lam is not None:
+        scale_weight(graph, site, "in", 1.0 + edit.lam.astype(np.float64))
+    if site.weight.quantised and edit.output_scale is not None:
+        scale_weight(graph, site, "out", 1.0 + edit.output_scale.astype(np.float64))
+    _rebias(graph, site, edit, passed)
 
 
 def _fold_large(graph: ir.Graph, site: Site, edit: Edit) -> None:
     """The same, in blocks, when the graph is saved."""
     by_inputs, alpha = site.layout == "kd", site.uses[0].alpha
-    shift = edit.delta
-    passed = None if shift is None else alpha * passed_shift(site.weight, shift, rows_are_inputs=by_inputs)
-    if edit.lam is not None or edit.input_low_rank is not None or edit.output_low_rank is not None:
+    passed = None
+    if edit.delta is not None:
+        scale = 1.0 if edit.output_scale is None else 1.0 + edit.output_scale.astype(np.float64)
+        passed = scale * alpha * passed_shift(site.weight, edit.delta, rows_are_inputs=by_inputs)
+    if edit.changes_weight:
         folded = fold_rows(site.weight, edit, site.path, rows_are_inputs=by_inputs, alpha=alpha)
         set_operand(graph, site.nodes, 1, folded, name=f"{site.path}.weight")
-    if passed is not None:
-        for use in site.uses:
-            set_bias(graph, site, use, _bias(use, passed.shape) + passed)
+    _rebias(graph, site, edit, passed)
+
+
+def _rebias(graph: ir.Graph, site: Site, edit: Edit, passed: Float64 | None) -> None:
+    """``c' = (1+λ') ⊙ c + passed``, with ``passed = (1+λ') ⊙ W δ``; a layer without a bias gets one only for δ."""
+    shape = (site.out_features,) if passed is None else passed.shape
+    scale = 1.0 if edit.output_scale is None else 1.0 + edit.output_scale.astype(np.float64)
+    for use in site.uses:
+        if passed is not None:
+            set_bias(graph, site, use, scale * _bias(use, shape) + passed)
+        elif edit.output_scale is not None and use.bias_value is not None:
+            set_bias(graph, site, use, scale * _bias(use, shape))
 
 
 def write_weight(graph: ir.Graph, site: Site, operand: Array) -> None:
@@ -180,12 +200,8 @@ def _fold(site: Site, edit: Edit, weight: Float64) -> tuple[Float64, Float64 | N
     return together, passed.reshape(*site.experts, 1, site.out_features)
 
 
-def _why_not_shifted(site: Site) -> str | None:
-    """What keeps W δ out of the bias."""
-    if any(use.zero_padding for use in site.uses):
-        return "δ before a zero-padded convolution"
-    if site.layout == "conv transpose":
-        return "δ before a transposed convolution"
+def _why_not_rebiased(site: Site) -> str | None:
+    """What keeps W δ, or the scale of an output, out of the bias."""
     for use in site.uses:
         if use.bias_value is None:
             continue

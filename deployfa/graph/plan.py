@@ -218,7 +218,7 @@ def _upstream(site: Site, group: Group, blocked: str | None, *, first: bool) -> 
 
 def _both_reasons(reason: str, upstream: Upstream, path: str, site: Site) -> str:
     above = upstream.reasons.get(path)
-    return reason if above is None or above.startswith("low rank") else f"{reason}; {above}"
+    return reason if above is None or above.startswith(("low rank", "it scales")) else f"{reason}; {above}"
 
 
 class _SideOps:
@@ -238,7 +238,8 @@ class _SideOps:
         key = (id(site.uses[0].input), digest(edit, conv=site.convolves))
         owner = self._seen.setdefault(key, site.path)
         cost = side_op_cost(site, edit, form)
-        if owner != site.path and form == "input" and edit.output_low_rank is None:
+        alone = edit.output_low_rank is not None or edit.output_scale is not None
+        if owner != site.path and form == "input" and not alone:
             reason, cost = f"{reason}; shares the side op of '{owner}'", Cost()
         elif form == "output":
             reason += "; adds the low rank to the output, as (W B)(A x), which is cheaper"
@@ -271,8 +272,6 @@ def _check_edit(site: Site, edit: Edit) -> None:
         raise PlanError(f"site '{site.path}': its module pads with zeros, which δ must not reach; train without δ")
     if edit.output_low_rank is not None and site.layout == "conv transpose":
         raise PlanError(f"site '{site.path}': a LoRA of a transposed convolution has no form here; merge it with PEFT")
-    if edit.output_scale is not None:
-        raise PlanError(f"site '{site.path}' scales its output (IA3), which no placement holds yet; merge it with PEFT")
 
 
 def _require_folds(planned: Mapping[str, PlannedEdit]) -> None:

@@ -56,8 +56,11 @@ class SideOps:
     def _place(self, site: Site, use: Use, source: ir.Value, edit: Edit, form: Form) -> None:
         before, added = _parts(site, edit, form)
         changed = self._transformed(site, use, source, before)
-        if added is not None:
-            self._add_to_output(site, use, source, added)
+        output = use.product if added is None else self._add_to_output(site, use, source, added)
+        if edit.output_scale is not None:
+            if use.bias_node is not None and use.bias_node is not use.node:
+                output = use.bias_node.outputs[0]
+            self._scale_output(site, use, output, edit.output_scale)
         if changed is not source:
             self._feed(site, use, changed)
 
@@ -80,7 +83,14 @@ class SideOps:
         self._inputs[key] = result
         return result
 
-    def _add_to_output(self, site: Site, use: Use, source: ir.Value, low: LowRank) -> None:
+    def _scale_output(self, site: Site, use: Use, output: ir.Value, scale: Array) -> None:
+        """``(1+λ') ⊙ y``, after everything else that makes y."""
+        nodes = Nodes(self.graph, self.names, site, use, output, after=output.producer())
+        consumers = [(node, index) for node, index in output.uses()]
+        factor = nodes.constant("output_scale", nodes.per_channel(1.0 + scale.astype(np.float64)))
+        nodes.replace(output, nodes.op("Mul", [output, factor], output), consumers)
+
+    def _add_to_output(self, site: Site, use: Use, source: ir.Value, low: LowRank) -> ir.Value:
         """``y + s' B' (A' x)``, between the layer and its bias so that a bias fusion after it still matches."""
         product = use.product
         nodes = Nodes(self.graph, self.names, site, use, source, after=product.producer())
@@ -88,6 +98,7 @@ class SideOps:
         consumers = [(node, index) for node, index in product.uses()]
         total = nodes.op("Add", [product, branch], product)
         nodes.replace(product, total, consumers)
+        return total
 
     def _low_rank(self, nodes: Nodes, use: Use, source: ir.Value, low: LowRank, name: str, like: ir.Value) -> ir.Value:
         """``s B (A x)``.  s goes into B: (out, r) is the smaller of the two for an input of many features."""

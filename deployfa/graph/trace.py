@@ -52,6 +52,8 @@ def paths(site: Site, edit: Edit, makers: Mapping[ir.Value, Use]) -> list[list[P
     """
     if edit.input_low_rank is not None or edit.output_low_rank is not None:
         raise Blocked("low rank mixes features, a norm or the rows of a layer have one scale each")
+    if edit.output_scale is not None:
+        raise Blocked("it scales what comes out of the layer too")
     return [_of_use(use, _wanted(use, edit), makers) for use in site.uses]
 
 

@@ -123,6 +123,8 @@ class Truth:
     """What a site with an edit computes, in float64 and step by step, and how far a rewritten graph may be from it."""
 
     PARTS = ("lam", "delta", "lorfa", "lora")
+    #: IA3's scale of the output beside them; PyTorch's own modules have no name for all five
+    ALL = (*PARTS, "outlam")
 
     @staticmethod
     def edit(parts, k, d, kernel=(), seed=0, dtype=np.float32):
@@ -139,6 +141,7 @@ class Truth:
             delta=draw(k) if "delta" in parts else None,
             input_low_rank=LowRank(draw(2, k), draw(k, 2), 0.75) if "lorfa" in parts else None,
             output_low_rank=LowRank(draw(2, k, *kernel), draw(d, 2), 1.5) if "lora" in parts else None,
+            output_scale=draw(d) if "outlam" in parts else None,
         )
 
     @staticmethod
@@ -161,7 +164,8 @@ class Truth:
         if edit.output_low_rank is not None:
             low = edit.output_low_rank
             y = y + low.s * ((f(x).astype(np.float64) @ f(low.a).T) @ f(low.b).T)
-        return y if c is None else y + f(beta * c.astype(np.float64))
+        y = y if c is None else y + f(beta * c.astype(np.float64))
+        return y if edit.output_scale is None else y * f(1 + edit.output_scale.astype(np.float64))
 
     @classmethod
     def conv(cls, edit, w, c, x, *, groups=1, pads=0, stride=1, absolute=False):
@@ -171,7 +175,11 @@ class Truth:
             low = edit.output_low_rank
             inner = cls._conv(f(x), f(low.a), 1, pads, stride)
             y = y + low.s * np.einsum("or,nr...->no...", f(low.b).astype(np.float64), inner)
-        return y if c is None else y + f(c).astype(np.float64).reshape(-1, *[1] * (w.ndim - 2))
+        over_channels = (-1, *[1] * (w.ndim - 2))
+        y = y if c is None else y + f(c).astype(np.float64).reshape(over_channels)
+        return (
+            y if edit.output_scale is None else y * f(1 + edit.output_scale.astype(np.float64)).reshape(over_channels)
+        )
 
     @staticmethod
     def _conv(x, w, groups, pads, stride):

@@ -13,7 +13,7 @@ from deployfa.graph import apply_adapter, find_sites, make_plan
 from deployfa.graph.evaluate import evaluate
 from deployfa.graph.plan import OWN_WEIGHT, SIDE_OP
 
-EDITS = [("lam",), ("delta",), ("lorfa",), ("lora",), ("lam", "delta", "lorfa", "lora")]
+EDITS = [("lam",), ("delta",), ("lorfa",), ("lora",), ("outlam",), ("lam", "delta", "lorfa", "lora", "outlam")]
 OPS = ["matmul", "matmul+add", "add+matmul", "gemm kd", "gemm dk", "gemm no bias", "gemm α β", "gemm kd α β=0"]
 DTYPES = [np.float32, np.float16]
 
@@ -75,7 +75,8 @@ def test_dense(builder, truth, op, parts, placement, shape, dtype):
     rewritten, plan = rewrite(case.model, edit, placement)
     assert [e.placement for e in plan.edits] == [OWN_WEIGHT if placement == "auto" else SIDE_OP]
     nodes = {node.op_type for node in rewritten.graph}
-    assert ("Mul" in nodes) == (placement == "side-op" and "lam" in parts)
+    scales = "lam" in parts or "outlam" in parts
+    assert ("Mul" in nodes) == (placement == "side-op" and scales)
     y = run(rewritten, x=case.x)
     tolerance = truth.tolerance(case.expected(truth, edit, absolute=True), dtype)
     assert np.all(np.abs(y - case.expected(truth, edit)) <= tolerance)
