@@ -39,6 +39,8 @@ def main() -> None:
     if options.worker:
         print(json.dumps(work(options.worker, options.graph)))
         return
+    import msgspec
+
     from deployfa.bench.machine import describe_machine
 
     graph = minilm_graph()
@@ -51,7 +53,7 @@ def main() -> None:
     report = {
         "graph_bytes": size,
         "launches": options.launches,
-        "machine": describe_machine(),
+        "machine": msgspec.to_builtins(describe_machine()),
         "methods": {method: summary(found, size) for method, found in runs.items()},
     }
     for method, one in report["methods"].items():
@@ -60,7 +62,7 @@ def main() -> None:
             f"{one['memory_ratio_max']:.2f} x the graph's {size / 1e6:.0f} MB"
         )
     if options.out:
-        options.out.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def launch(method: str, graph: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 
-__all__ = ["Permute", "Resize", "View", "constant", "static_shape", "tensor_shape", "view_of"]
+__all__ = ["Permute", "Resize", "View", "constant", "read", "static_shape", "tensor_shape", "view_of"]
 
 
 class View(Protocol):
@@ -95,6 +95,17 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
 def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """The shape of a stored tensor, in plain numbers."""
     return tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+
+
+def read(tensor: ir.TensorProtocol) -> Array:
+    """The numbers of a stored tensor.  A file is read, not mapped: mapped pages would stay in memory as long as the
+    graph does, beside the fold that replaces them."""
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.itemsize != tensor.dtype.numpy().itemsize:
+        return np.asarray(tensor.numpy())
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        data = file.read(tensor.nbytes)
+    return np.frombuffer(data, dtype=tensor.dtype.numpy().newbyteorder("<")).reshape(tensor_shape(tensor))
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:

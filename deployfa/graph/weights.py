@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array, Float64
 from deployfa.graph.scales import Scales, dequantizer, multiplier
-from deployfa.graph.views import View, constant, view_of
+from deployfa.graph.views import View, constant, read, view_of
 
 __all__ = ["Layout", "Weight", "canonical", "in_layout", "read_weight"]
 
@@ -89,7 +89,7 @@ class Weight:
         """The operand's numbers: as stored, or float64 if they had to be dequantised."""
         tensor = constant(self.stored)
         assert tensor is not None  # callers look at is_constant first
-        array: Array = np.asarray(tensor.numpy())
+        array = read(tensor)
         if self.scales is not None:
             array = self.scales.dequantize(array)
         for view in self.views:
