@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -24,7 +25,12 @@ from deployfa.cli.options import (
     parse_shapes,
 )
 
-__all__ = ["ExportReport", "export"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deployfa.bundle.manifest import FusedCount, Optimization
+
+__all__ = ["ExportReport", "export", "fused_table", "tried_table"]
 
 
 class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,19 +109,40 @@ def export(
             )
         )
         return
-    from rich.table import Table
-
     plan = exported.plan
     show(
         f"{len(plan.edits)} edits: {plan.folded} folded, {plan.count('side op')} side ops "
         f"({plan.extra_flops_per_token:,} extra FLOPs per token)"
     )
-    table = Table(title="Fusions tried")
-    for column in ("fusion", *(f"{shape} p50 (ms)" for shape in manifest.optimization.shapes), "error", "verdict"):
-        table.add_column(column, justify="left" if column in {"fusion", "verdict"} else "right")
-    for tried in manifest.optimization.tried:
-        times = [f"{tried.median_ms[s]:.2f}" if s in tried.median_ms else "–" for s in manifest.optimization.shapes]
-        verdict = tried.refused or ("chosen" if tried.name == manifest.optimization.chosen else "slower")
-        table.add_row(tried.name, *times, f"{tried.error:.1e}" if tried.error is not None else "–", verdict)
-    show(table)
+    show(tried_table(manifest.optimization))
+    if manifest.fusions:
+        show(fused_table(manifest.fusions))
     done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: deployfa verify {out}")
+
+
+def tried_table(optimization: Optimization) -> Table:
+    """What was timed and what was taken."""
+    from rich.table import Table
+
+    table = Table(title="Fusions tried")
+    for column in ("fusion", *(f"{shape} p50 (ms)" for shape in optimization.shapes), "error", "verdict"):
+        table.add_column(column, justify="left" if column in {"fusion", "verdict"} else "right")
+    for tried in optimization.tried:
+        times = [f"{tried.median_ms[s]:.2f}" if s in tried.median_ms else "–" for s in optimization.shapes]
+        verdict = tried.refused or ("chosen" if tried.name == optimization.chosen else "slower")
+        table.add_row(tried.name, *times, f"{tried.error:.1e}" if tried.error is not None else "–", verdict)
+    return table
+
+
+def fused_table(fusions: Mapping[str, FusedCount]) -> Table:
+    """The runtime's fused operators, before and after the adapter."""
+    from rich.table import Table
+
+    table = Table(title="Fused operators of the session")
+    for column in ("operator", "base", "with the adapter", "verdict"):
+        table.add_column(column, justify="left" if column in {"operator", "verdict"} else "right")
+    for name, count in fusions.items():
+        change = count.adapted - count.base
+        verdict = "kept" if not change else f"{-change} lost" if change < 0 else f"{change} more"
+        table.add_row(name, str(count.base), str(count.adapted), verdict)
+    return table

@@ -21,6 +21,7 @@ from deployfa.bundle.manifest import (
     FORMAT,
     MANIFEST,
     AdapterSummary,
+    FusedCount,
     GraphSummary,
     Optimization,
     Preprocessing,
@@ -34,6 +35,7 @@ from deployfa.graph import Plan, apply_adapter, make_plan
 from deployfa.graph.optimize import FUSIONS, fuse
 from deployfa.graph.plan import Prefer, Preference
 from deployfa.graph.storage import GRAPH, save_graph
+from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
 from deployfa.preprocess import TextPreprocessor
@@ -123,14 +125,18 @@ def export(
         chosen, fused = choose_fusion(
             adapted, optimize, cases, noise, shapes, Path(scratch), threads=threads, status=say
         )
+        say("counting what the runtime fuses")
+        fusions = compare_fusions(_headed(graph, adapter), adapted, chosen.chosen, fused=fused)
         say(f"writing '{out}'")
         with write_directory(out, force=force) as folder:
             save_graph(fused, folder)
             copy_tokenizer(base, folder)
             adapter.save(folder / "adapter.safetensors")
             write_cases(folder / _REFERENCE, cases)
-            write_manifest(folder, _manifest(folder, adapter, base, plan, fused, chosen, target, cases, noise))
-    return Exported(Bundle.open(out), plan, base.made_now, base.warnings)
+            write_manifest(folder, _manifest(folder, adapter, base, plan, fused, chosen, fusions, target, cases, noise))
+    lost = describe_losses(fusions)
+    warnings = (*base.warnings, f"the adapter costs fusions of the runtime: {lost}") if lost else base.warnings
+    return Exported(Bundle.open(out), plan, base.made_now, warnings)
 
 
 def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:
@@ -139,10 +145,13 @@ def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None)
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
     adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
     base = base_graph(adapter, model=model)
+    return save_graph(fuse(_headed(base.load(), adapter), bundle.manifest.optimization.chosen), folder)
+
+
+def _headed(graph: ir.Model, adapter: Adapter) -> ir.Model:
+    """The base graph with the adapter's replaced modules and none of its edits."""
     plain = without_edits(adapter)
-    graph = base.load()
-    headed = apply_adapter(graph, plain, make_plan(graph, plain))
-    return save_graph(fuse(headed, bundle.manifest.optimization.chosen), folder)
+    return apply_adapter(graph, plain, make_plan(graph, plain))
 
 
 def _reference(
@@ -168,6 +177,7 @@ def _manifest(
     plan: Plan,
     fused: ir.Model,
     chosen: Optimization,
+    fusions: dict[str, FusedCount],
     target: str,
     cases: Sequence[Case],
     noise: Noise,
@@ -198,6 +208,7 @@ def _manifest(
             bytes=sum(file.stat().st_size for file in files if file.name.startswith(GRAPH)),
         ),
         optimization=chosen,
+        fusions=fusions,
         preprocessing=Preprocessing(kind="text", max_length=base.max_length),
         reference=Reference(
             file=_REFERENCE,

@@ -130,6 +130,22 @@ def test_auto_times_fusions_and_records_them(trained: dict[str, Path], tmp_path:
     assert record.chosen in {candidate.name for candidate in timed}
 
 
+def test_the_manifest_tells_which_fusions_the_adapter_keeps(bundles: dict[str, Path]) -> None:
+    folded, beside = (Bundle.open(bundles[name]).manifest.fusions for name in ("folded", "side-op"))
+    assert folded is not None and beside is not None
+    assert folded.keys() == beside.keys()
+    assert all(count.adapted == count.base for count in folded.values())
+    assert {name for name, count in beside.items() if count.adapted < count.base} == {"packed MatMul (3 in 1)"}
+
+
+def test_a_manifest_from_before_fusions_were_counted_still_opens(bundles: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundles["folded"], tmp_path / "copy"))
+    manifest = msgspec.json.decode((copy / "manifest.json").read_bytes())
+    del manifest["fusions"]
+    (copy / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    assert Bundle.open(copy).manifest.fusions is None
+
+
 @pytest.mark.slow
 def test_a_killed_export_leaves_nothing_and_the_next_one_sweeps(trained: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "bundle"

@@ -13,6 +13,7 @@ __all__ = [
     "MANIFEST",
     "AdapterSummary",
     "Candidate",
+    "FusedCount",
     "GraphSummary",
     "Manifest",
     "Optimization",
@@ -72,6 +73,13 @@ class Optimization(msgspec.Struct, frozen=True, kw_only=True):
     tried: list[Candidate]
 
 
+class FusedCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How many of one fused operator a session runs: of the base graph, and with the adapter in it."""
+
+    base: int
+    adapted: int
+
+
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     """How raw input becomes feeds."""
 
@@ -93,7 +101,11 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Format version, fingerprints, plan, signature, versions, sha256 of every file, and the summaries once run."""
+    """Format version, fingerprints, plan, signature, versions, sha256 of every file, and the summaries once run.
+
+    ``fusions``: fused operator (see ``deployfa.runtimes.fused_operators``) → how many before and after the adapter,
+    both graphs fused as ``optimization.chosen`` says; ``None`` in a bundle of an older deployfa.
+    """
 
     format: str
     target: str
@@ -102,6 +114,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     plan: dict[str, Any]
     graph: GraphSummary
     optimization: Optimization
+    fusions: dict[str, FusedCount] | None = None
     preprocessing: Preprocessing
     reference: Reference
     labels: list[str]
