@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
 
 from deployfa.cli.console import print_json, show, spinner, warn
 from deployfa.cli.options import (
@@ -31,16 +34,30 @@ def plan(
     prefer: PreferOption = "smallest-patch",
     untie: Untie = False,
     require_fold: RequireFold = False,
+    optimize: Annotated[
+        str, typer.Option("--optimize", help="The fusion that the costs are counted for; auto: all of them.")
+    ] = "auto",
+    fusions: Annotated[
+        bool, typer.Option("--fusions/--no-fusions", help="Count which of the runtime's fusions side ops would cost.")
+    ] = True,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
-    """Print where each edit would go, why, and what it costs at run time; nothing is written."""
+    """Print where each edit would go, why, and what it costs at run time; nothing is written.
+
+    Side ops can keep the runtime from fusing operators.  A plan that has some is tried out, and a warning says which
+    fusions it would lose.
+
+    Example: deployfa plan --adapter vefa.pt --placement side-op
+    """
     from deployfa.adapter import Adapter
+    from deployfa.kept_fusions import plan_fusions
     from deployfa.pipeline import plan_adapter
 
+    loaded = Adapter.load(adapter)
     with spinner("planning") as status:
         planned, base = plan_adapter(
-            Adapter.load(adapter),
+            loaded,
             model=model,
             placement=placement,
             prefer=prefer,
@@ -49,9 +66,13 @@ def plan(
             allow_base_mismatch=allow_base_mismatch,
             status=status,
         )
-    warn(base.warnings)
+        costs = None
+        if fusions:
+            costs = plan_fusions(base.load(), loaded, planned, optimize=optimize, status=status)
+    warn([*base.warnings, *(costs.warnings() if costs is not None else ())])
     if json:
-        print_json(planned)
+        # the plan itself, so that it can be replayed, and beside its fields what it costs in fusions
+        print_json({**msgspec.to_builtins(planned), "fusions": msgspec.to_builtins(costs)})
     else:
         show(*plan_table(planned))
 

@@ -73,6 +73,23 @@ def test_plan_prints_reasons_and_totals(cli, trained: dict[str, Path]) -> None:
     assert f"{6 * (5 * 384 * (4 * 8 + 1) + 2 * 8 * 1536 + 384 * (2 * 8 + 1)):,} extra FLOPs and " in beside.stdout
 
 
+def test_plan_counts_no_fusions_when_told_so(cli, trained: dict[str, Path]) -> None:
+    command = ["plan", "-a", trained["vefa"], "--placement", "side-op"]
+    assert "cost fusions" in cli(*command, "--optimize", "ort").stderr
+    assert "cost fusions" not in cli(*command, "--optimize", "none").stderr
+    assert "fusion" not in cli(*command, "--no-fusions").stderr
+
+
+def test_export_shows_which_fusions_the_adapter_costs(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    command = ["export", "-a", trained["vefa"], "--optimize", "ort"]
+    beside = cli(*command, "--placement", "side-op", "-o", tmp_path / "beside")
+    assert "6 lost" in beside.stdout and "kept" in beside.stdout
+    assert "warning: the adapter costs fusions of the runtime: 6 of 6 packed MatMul (3 in 1)" in beside.stderr
+    folded = cli(*command, "-o", tmp_path / "folded")
+    assert "Fused operators of the session" in folded.stdout and "lost" not in folded.stdout
+    assert "warning" not in folded.stderr
+
+
 def test_run_answers(cli, bundles: dict[str, Path], small_data: dict[str, Path]) -> None:
     result = cli("run", bundles["folded"], "--data", small_data["tweets"])
     assert result.returncode == 0, result.stderr

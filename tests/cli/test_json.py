@@ -13,11 +13,13 @@ import pytest
 
 from deployfa.bench import BenchReport
 from deployfa.bundle import Manifest
+from deployfa.bundle.manifest import FusedCount
 from deployfa.cli.export import ExportReport
 from deployfa.cli.fetch import Fetched
 from deployfa.cli.models import ListedRecipe
 from deployfa.graph import Plan
 from deployfa.inspection import Inspection
+from deployfa.kept_fusions import PlanFusions
 from deployfa.parity import ParityReport
 from deployfa.predict import RunReport
 from deployfa.train import TrainReport
@@ -49,6 +51,16 @@ def test_inspect(cli, trained: dict[str, Path]) -> None:
 def test_plan(cli, trained: dict[str, Path]) -> None:
     found = check(cli("plan", "-a", trained["vefa"], "--json").stdout, Plan)
     assert {edit["placement"] for edit in found["edits"]} == {"own weight"}
+    assert found["fusions"] is None
+
+
+def test_plan_with_side_ops_is_still_a_plan_and_tells_its_cost_in_fusions(cli, trained: dict[str, Path]) -> None:
+    result = cli("plan", "-a", trained["vefa"], "--placement", "side-op", "--optimize", "ort", "--json")
+    found = check(result.stdout, Plan)
+    costs = msgspec.convert(found["fusions"], PlanFusions)
+    assert costs.measured["ort"]["packed MatMul (3 in 1)"] == FusedCount(base=6, adapted=0)
+    assert "the side ops cost fusions of the runtime: 6 of 6 packed MatMul" in result.stderr
+    assert msgspec.json.decode(result.stdout, type=Plan).count("side op") == 36
 
 
 def test_export(cli, trained: dict[str, Path], tmp_path: Path) -> None:
@@ -56,6 +68,8 @@ def test_export(cli, trained: dict[str, Path], tmp_path: Path) -> None:
     found = check(result.stdout, ExportReport)
     jsonschema.validate(found["manifest"], msgspec.json.schema(Manifest))
     assert Path(found["bundle"]).is_dir()
+    assert found["manifest"]["fusions"]["com.microsoft::BiasGelu"] == {"base": 6, "adapted": 6}
+    assert found["warnings"] == []
 
 
 def test_verify_and_its_summary_in_the_manifest(cli, bundle: Path) -> None:
