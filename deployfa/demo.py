@@ -164,6 +164,7 @@ def _placements(path: Path) -> PlacementCount:
         extra_bytes=sum(edit["extra_bytes"] for edit in edits),
         graph_bytes=manifest.graph.bytes,
         fusion=manifest.optimization.chosen,
+        fusions=manifest.fusions,
     )
 
 

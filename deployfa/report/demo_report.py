@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from deployfa.bench import BenchReport
+from deployfa.bundle.manifest import FusedCount
 from deployfa.metrics import Scores
 from deployfa.parity import ParityReport
 
@@ -23,7 +24,7 @@ class MethodResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementCount(msgspec.Struct, frozen=True, kw_only=True):
-    """One bundle: how its edits were placed and what they add at run time."""
+    """One bundle: how its edits were placed and what they add at run time.  ``fusions`` is the manifest's."""
 
     bundle: str
     folded: int
@@ -32,6 +33,16 @@ class PlacementCount(msgspec.Struct, frozen=True, kw_only=True):
     extra_bytes: int
     graph_bytes: int
     fusion: str
+    fusions: dict[str, FusedCount] | None = None
+
+    @property
+    def fusion_kept(self) -> str:
+        """``ort, 25/31 kept``, of the base graph's fused operators; without the count from an older deployfa."""
+        if self.fusions is None:
+            return self.fusion
+        before = sum(count.base for count in self.fusions.values())
+        kept = sum(min(count.base, count.adapted) for count in self.fusions.values())
+        return f"{self.fusion}, {kept}/{before} kept"
 
 
 class Sentence(msgspec.Struct, frozen=True, kw_only=True):

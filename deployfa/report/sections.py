@@ -109,7 +109,7 @@ def placement(report: DemoReport) -> Html:
             f"{each.extra_flops_per_token:,}",
             f"{each.extra_bytes:,}",
             figure(each.graph_bytes / 1e6),
-            each.fusion,
+            each.fusion_kept,
         ]
         for each in report.bundles
     ]

@@ -28,7 +28,7 @@ def test_one_table_of_120_columns(report):
     assert shown(report, width=200) == shown(report, width=160), "it does not want more than it has"
     found = rows(text)
     assert ["vefa", "21,506", "80.1", "79.2", "79.4", "77.6", "78.7"] in found
-    assert ["side-op", "0", "36", "20,736", "82,944", "91.1", "onnxscript"] in found
+    assert ["side-op", "0", "36", "20,736", "82,944", "91.1", "ort, 11/12 kept"] in found
     assert ["side-op", "4.6e-07", "1.12", "2", "0", "208", "pass"] in found
     assert ["8x128 folded", "67.2", "73.2", "0.989", "0.979, 0.998", "312", "faster"] in found
     assert ["1x128 base", "9.86", "10.7", "1", "", "312", "reference"] in found
@@ -73,3 +73,11 @@ def test_each_setting_of_spinning_has_its_own_section(report):
     text = shown(msgspec.structs.replace(report, bench=bench))
     assert text.index("spinning off") < text.index("67.2") < text.index("spinning on") < text.index("44.0")
     assert "spinning" not in shown(report)
+
+
+def test_a_report_from_before_fusions_were_counted_names_the_fusion_alone(report):
+    import msgspec
+
+    old = [msgspec.structs.replace(each, fusions=None) for each in report.bundles]
+    found = rows(shown(msgspec.structs.replace(report, bundles=old)))
+    assert ["side-op", "0", "36", "20,736", "82,944", "91.1", "ort"] in found
