@@ -40,7 +40,21 @@ from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
 from deployfa.preprocess import TextPreprocessor
 
-__all__ = ["DEFAULT_SHAPES", "TARGETS", "Exported", "export", "fused_base", "plan_adapter"]
+__all__ = [
+    "DEFAULT_SHAPES",
+    "TARGETS",
+    "Content",
+    "Exported",
+    "check_effect",
+    "check_export_options",
+    "export",
+    "fused_base",
+    "headed",
+    "plan_adapter",
+    "reference",
+    "summary",
+    "write_bundle",
+]
 
 Status = Callable[[str], None]
 TARGETS = ("onnxruntime-cpu",)
@@ -100,10 +114,7 @@ def export(
     Neither the adapter nor the base is changed.
     """
     say = status or (lambda _: None)
-    if target not in TARGETS:
-        raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
-    if optimize != "auto" and optimize not in FUSIONS:
-        raise InputError(f"no fusion '{optimize}'; use auto or one of: {', '.join(FUSIONS)}")
+    check_export_options(target, optimize)
     check_output(out, force=force, holding=MANIFEST)
     plan, base = plan_adapter(
         adapter,
@@ -120,23 +131,53 @@ def export(
     adapted = apply_adapter(graph, adapter, plan)
     say("computing the reference in float64")
     with tempfile.TemporaryDirectory(prefix="deployfa-export-") as scratch:
-        cases, noise = _reference(base, graph, adapter, rows)
-        _check_effect(adapter, cases, noise)
+        cases, noise = reference(base, graph, adapter, rows)
+        check_effect(adapter, cases, noise)
         chosen, fused = choose_fusion(
             adapted, optimize, cases, noise, shapes, Path(scratch), threads=threads, status=say
         )
         say("counting what the runtime fuses")
-        fusions = compare_fusions(_headed(graph, adapter), adapted, chosen.chosen, fused=fused)
+        fusions = compare_fusions(headed(graph, adapter), adapted, chosen.chosen, fused=fused)
         say(f"writing '{out}'")
-        with write_directory(out, force=force) as folder:
-            save_graph(fused, folder)
-            copy_tokenizer(base, folder)
-            adapter.save(folder / "adapter.safetensors")
-            write_cases(folder / _REFERENCE, cases)
-            write_manifest(folder, _manifest(folder, adapter, base, plan, fused, chosen, fusions, target, cases, noise))
+        content = Content(adapter, base, plan, fused, chosen, fusions, target, cases, noise)
+        bundle = write_bundle(out, content, force=force)
     lost = describe_losses(fusions)
     warnings = (*base.warnings, f"the adapter costs fusions of the runtime: {lost}") if lost else base.warnings
-    return Exported(Bundle.open(out), plan, base.made_now, warnings)
+    return Exported(bundle, plan, base.made_now, warnings)
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """Everything that a bundle is written from; ``cases`` carry their truth."""
+
+    adapter: Adapter
+    base: BaseGraph
+    plan: Plan
+    fused: ir.Model
+    optimization: Optimization
+    fusions: dict[str, FusedCount]
+    target: str
+    cases: Sequence[Case]
+    noise: Noise
+
+
+def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
+    """Write the directory and open it, which checks it."""
+    with write_directory(out, force=force) as folder:
+        save_graph(content.fused, folder)
+        copy_tokenizer(content.base, folder)
+        content.adapter.save(folder / "adapter.safetensors")
+        write_cases(folder / _REFERENCE, content.cases)
+        write_manifest(folder, _manifest(folder, content))
+    return Bundle.open(out)
+
+
+def check_export_options(target: str, optimize: str) -> None:
+    """Raise ``InputError`` for an unknown target or fusion before long work starts."""
+    if target not in TARGETS:
+        raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
+    if optimize != "auto" and optimize not in FUSIONS:
+        raise InputError(f"no fusion '{optimize}'; use auto or one of: {', '.join(FUSIONS)}")
 
 
 def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:
@@ -145,24 +186,25 @@ def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None)
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
     adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
     base = base_graph(adapter, model=model)
-    return save_graph(fuse(_headed(base.load(), adapter), bundle.manifest.optimization.chosen), folder)
+    return save_graph(fuse(headed(base.load(), adapter), bundle.manifest.optimization.chosen), folder)
 
 
-def _headed(graph: ir.Model, adapter: Adapter) -> ir.Model:
+def headed(graph: ir.Model, adapter: Adapter) -> ir.Model:
     """The base graph with the adapter's replaced modules and none of its edits."""
     plain = without_edits(adapter)
     return apply_adapter(graph, plain, make_plan(graph, plain))
 
 
-def _reference(
+def reference(
     base: BaseGraph, graph: ir.Model, adapter: Adapter, rows: Sequence[Row] | None
 ) -> tuple[list[Case], Noise]:
+    """The stored reference of a bundle, on ``rows`` or on the built-in sentences, and the noise it is judged by."""
     preprocessor = TextPreprocessor(base.folder, max_length=base.max_length)
     texts = [row.text for row in rows] if rows else list(SENTENCES)
     return graph_truth(graph, adapter, text_cases(preprocessor, texts))
 
 
-def _check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None:
+def check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None:
     """Promise 1: a trained adapter that changes nothing is an error."""
     if noise.silent(cases) and any(edit.distance() > 0.0 for edit in adapter.edits.values()):
         raise LeftoverError(
@@ -170,36 +212,20 @@ def _check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None
         )
 
 
-def _manifest(
-    folder: Path,
-    adapter: Adapter,
-    base: BaseGraph,
-    plan: Plan,
-    fused: ir.Model,
-    chosen: Optimization,
-    fusions: dict[str, FusedCount],
-    target: str,
-    cases: Sequence[Case],
-    noise: Noise,
-) -> Manifest:
+def _manifest(folder: Path, content: Content) -> Manifest:
+    adapter, base, fused = content.adapter, content.base, content.fused
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     return Manifest(
         format=FORMAT,
-        target=target,
+        target=content.target,
         base=BaseReference(
             name=base.name,
             fingerprint=base.fingerprint,
             architecture=base.architecture,
             task=adapter.base.task,
         ),
-        adapter=AdapterSummary(
-            method=adapter.method,
-            sites=len(adapter.edits),
-            parameters=adapter.parameters,
-            module_parameters=adapter.module_parameters,
-            training=dict(adapter.training),
-        ),
-        plan=msgspec.to_builtins(plan),
+        adapter=summary(adapter),
+        plan=msgspec.to_builtins(content.plan),
         graph=GraphSummary(
             file=GRAPH,
             opset=fused.opset_imports.get("", 0),
@@ -207,20 +233,31 @@ def _manifest(
             outputs=[_tensor(value) for value in fused.graph.outputs],
             bytes=sum(file.stat().st_size for file in files if file.name.startswith(GRAPH)),
         ),
-        optimization=chosen,
-        fusions=fusions,
+        optimization=content.optimization,
+        fusions=content.fusions,
         preprocessing=Preprocessing(kind="text", max_length=base.max_length),
         reference=Reference(
             file=_REFERENCE,
             kind=GRAPH_TRUTH,
-            rows=sum(len(case.feeds["input_ids"]) for case in cases),
-            noise=noise.relative,
-            noise_max_abs=noise.max_abs,
+            rows=sum(len(case.feeds["input_ids"]) for case in content.cases),
+            noise=content.noise.relative,
+            noise_max_abs=content.noise.max_abs,
         ),
         labels=list(adapter.labels or base.labels),
         versions=versions(),
         files={file.name: sha256_file(file) for file in files},
         warnings=list(base.warnings),
+    )
+
+
+def summary(adapter: Adapter) -> AdapterSummary:
+    """What a manifest says of an adapter."""
+    return AdapterSummary(
+        method=adapter.method,
+        sites=len(adapter.edits),
+        parameters=adapter.parameters,
+        module_parameters=adapter.module_parameters,
+        training=dict(adapter.training),
     )
 
 
