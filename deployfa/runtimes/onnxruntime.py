@@ -13,6 +13,7 @@ import numpy as np
 
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.runtimes.initializers import replace_initializers
 from deployfa.runtimes.runner import TensorSpec
 
 __all__ = ["OnnxRuntimeRunner", "check_feeds"]
@@ -28,6 +29,8 @@ class OnnxRuntimeRunner:
     operators that it lacks may still run on the CPU, which is how ONNX Runtime defines every provider.  threads: of
     one operator, ``None`` for ONNX Runtime's choice (one a physical core).  spinning: whether idle threads keep
     polling, which answers sooner and burns a core.  optimize: ``False`` runs the graph exactly as it is written.
+    initializers: values that take the place of the graph's own, by name, before anything is optimised (see
+    ``deployfa.runtimes.initializers``); the graph must be a path.
 
     Raises ``InputError`` when there is no such file, ``MissingExtraError`` without onnxruntime, and
     ``RuntimeTargetError`` when the graph does not load or the session did not get its provider.
@@ -41,6 +44,7 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         spinning: bool = True,
         optimize: bool = True,
+        initializers: Mapping[str, Array] | None = None,
     ) -> None:
         ort = _import_onnxruntime()
         available = ort.get_available_providers()
@@ -53,12 +57,18 @@ class OnnxRuntimeRunner:
             raise InputError(f"no graph at '{source}'; pass an .onnx file")
         shown = "the graph" if isinstance(source, bytes) else f"'{source}'"
         options = _session_options(ort, threads=threads, spinning=spinning, optimize=optimize)
+        alive: list[Any] = []
+        if initializers:
+            if isinstance(model, bytes):
+                raise InputError("initializers can be replaced in a graph file only; pass its path")
+            source, alive = replace_initializers(options, Path(model), initializers)
         try:
             session = ort.InferenceSession(source, sess_options=options, providers=[provider])
         except Exception as error:  # its exceptions share no base class
             raise RuntimeTargetError(
                 f"onnxruntime does not load {shown} ({_first_line(error)}); export it again or pick another provider"
             ) from error
+        del alive  # the session has copied them
         got = session.get_providers()
         if not got or got[0] != provider:
             raise RuntimeTargetError(
