@@ -18,6 +18,7 @@ __all__ = [
     "Force",
     "Json",
     "ModelOption",
+    "PatchOption",
     "PlacementOption",
     "PreferOption",
     "RequireFold",
@@ -34,6 +35,9 @@ AdapterOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="The base model: directory or hub id. Default: the one the adapter names."),
+]
+PatchOption = Annotated[
+    Path | None, typer.Option("--patch", help="An adapter's patch for this bundle, from export --delta.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]

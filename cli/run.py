@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deployfa.cli.console import print_json, show
-from deployfa.cli.options import Json, Threads
+from deployfa.cli.options import Json, PatchOption, Threads
 from deployfa.errors import InputError
 
 __all__ = ["run"]
@@ -18,12 +18,15 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)],
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be given several times.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
+    patch: PatchOption = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Answer texts: label and score.  Needs tokenizers and onnxruntime only.
 
     Example: deployfa run vefa.bundle --text "A joy from start to finish."
+
+    With an adapter's patch on a fleet's bundle: deployfa run fleet.bundle --patch vefa.patch --text "A joy."
     """
     from deployfa.bundle import Bundle
     from deployfa.data import read_rows
@@ -34,9 +37,9 @@ def run(
         texts += [row.text for row in read_rows(data, need_label=False)]
     if not texts:
         raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
-    answers = list(Predictor(Bundle.open(bundle), threads=threads).answer(texts))
+    answers = list(Predictor(Bundle.open(bundle, patch=patch), threads=threads).answer(texts))
     if json:
-        print_json(RunReport(bundle=str(bundle), answers=answers))
+        print_json(RunReport(bundle=str(bundle), patch=str(patch) if patch is not None else None, answers=answers))
         return
     width = max(len(answer.label) for answer in answers)
     for answer in answers:

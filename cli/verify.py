@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from deployfa.cli.console import print_json, recorded, show, spinner
-from deployfa.cli.options import Json, ModelOption
+from deployfa.cli.options import Json, ModelOption, PatchOption
 
 __all__ = ["verify"]
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)],
+    patch: PatchOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="With --patch and PyTorch: what the patch was made from.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL rows to compare on.")] = None,
     model: ModelOption = None,
     torch: Annotated[
@@ -26,15 +30,20 @@ def verify(
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top.")] = 500,
     json: Json = False,
 ) -> None:
-    """Prove a bundle equal to the PyTorch model with the unfolded adapter.  Exit 0 equal, 1 not."""
+    """Prove a bundle equal to the PyTorch model with the unfolded adapter.  Exit 0 equal, 1 not.
+
+    Example: deployfa verify vefa.bundle --data test.csv
+    """
+    from deployfa.adapter import Adapter
     from deployfa.bundle import Bundle
     from deployfa.data import read_rows
     from deployfa.parity import verify as run_verify
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, patch=patch)
+    loaded = Adapter.load(adapter) if adapter is not None else None
     rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
     with spinner("verifying") as status:
-        report = run_verify(opened, rows=rows, model=model, use_torch=torch, status=status)
+        report = run_verify(opened, rows=rows, model=model, adapter=loaded, use_torch=torch, status=status)
     recorded(opened, parity=report.summary())
     if json:
         print_json(report)

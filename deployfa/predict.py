@@ -29,6 +29,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """The schema of ``run --json``."""
 
     bundle: str
+    patch: str | None = None
     answers: list[Answer]
 
 
@@ -40,10 +41,10 @@ class Predictor:
         if manifest.preprocessing.kind != "text":
             raise BundleError(f"'{bundle.path}' reads {manifest.preprocessing.kind}, not text")
         self._preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
-        self._runner = OnnxRuntimeRunner(bundle.graph, threads=threads)
+        self._runner = OnnxRuntimeRunner(bundle.graph, threads=threads, initializers=bundle.initializers)
         self._names = [spec.name for spec in self._runner.inputs]
         self._output = self._runner.outputs[0].name
-        self._labels = manifest.labels
+        self._labels = bundle.labels
 
     def answer(self, texts: Sequence[str], *, batch_size: int = 32) -> Iterator[Answer]:
         """Answers in the order of ``texts``, once all are there: rows are batched by length."""

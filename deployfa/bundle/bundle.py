@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import msgspec
 
 from deployfa.atomic import write_file
 from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest
+from deployfa.bundle.patch import Patch, check_patch, read_patch
+from deployfa.edits import Array
 from deployfa.errors import BundleError
 from deployfa.preprocess import TOKENIZER_FILES
 from deployfa.versions import installed
@@ -21,17 +24,19 @@ _PACKAGES = ("deployfa", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript"
 
 
 class Bundle:
-    """An opened bundle.  ``Bundle.open`` checks it; the attributes are paths and the manifest."""
+    """An opened bundle.  ``Bundle.open`` checks it; the attributes are paths, the manifest, and the patch if any."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, patch: Patch | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.patch = patch
 
     @classmethod
-    def open(cls, path: str | Path, *, check_files: bool = True) -> Bundle:
-        """Open the bundle at ``path``.
+    def open(cls, path: str | Path, *, check_files: bool = True, patch: str | Path | None = None) -> Bundle:
+        """Open the bundle at ``path``; with ``patch``, the adapter that ``deployfa export --delta`` made it for.
 
-        Raises ``BundleError`` if it is not one, or if a file is missing, changed, or lies outside the directory.
+        Raises ``BundleError`` if it is not one, or if a file is missing, changed, or lies outside the directory; and if
+        the patch is damaged, was made for another bundle, or does not fit the graph.
         """
         path = Path(path)
         file = path / MANIFEST
@@ -47,6 +52,9 @@ class Bundle:
         bundle._check_names()
         for name, digest in manifest.files.items():
             bundle._check(name, digest if check_files else None)
+        if patch is not None:
+            bundle.patch = read_patch(Path(patch))
+            check_patch(bundle.patch, path, manifest)
         return bundle
 
     def _check_names(self) -> None:
@@ -83,8 +91,23 @@ class Bundle:
     def reference(self) -> Path:
         return self.path / self.manifest.reference.file
 
+    @property
+    def labels(self) -> list[str]:
+        """The patch's, if there is one."""
+        return self.manifest.labels if self.patch is None else self.patch.meta.labels
+
+    @property
+    def initializers(self) -> Mapping[str, Array]:
+        """What a session must put in the place of the graph's own: the patch's tensors."""
+        return {} if self.patch is None else self.patch.tensors
+
     def record(self, *, parity: dict[str, Any] | None = None, bench: dict[str, Any] | None = None) -> None:
-        """Put a summary into the manifest, atomically; the other one stays."""
+        """Put a summary into the manifest, atomically; the other one stays.
+
+        Nothing is written for a patched bundle: its results are not the bundle's.
+        """
+        if self.patch is not None:
+            return
         changes: dict[str, Any] = {}
         if parity is not None:
             changes["parity"] = parity

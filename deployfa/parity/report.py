@@ -33,6 +33,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     """The stages, the truth they were held against, and the verdict."""
 
     bundle: str
+    patch: str | None = None
     truth: str
     rows: int
     tokens_longest: int

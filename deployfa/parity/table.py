@@ -17,7 +17,8 @@ def render(report: ParityReport) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"Parity of '{report.bundle}' against {report.truth}, {report.rows} rows")
+    of = f"'{report.bundle}'" + (f" with '{report.patch}'" if report.patch is not None else "")
+    table = Table(title=f"Parity of {of} against {report.truth}, {report.rows} rows")
     table.add_column("stage")
     columns = ["error / ‖truth‖", "error / noise", "max abs error (logits)", "error / adapter's effect", "label flips"]
     with_accuracy = any(stage.accuracy is not None for stage in report.stages)

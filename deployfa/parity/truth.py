@@ -78,9 +78,16 @@ def graph_truth(base: ir.Model, adapter: Adapter, cases: Sequence[Case]) -> tupl
     return _with_truth(cases, double, bases), Noise.between(single, double)
 
 
-def run_graph(graph: Path, cases: Sequence[Case], *, optimize: bool = True, threads: int | None = None) -> list[Array]:
-    """The first output of ``graph`` in ONNX Runtime for every case."""
-    runner = OnnxRuntimeRunner(graph, optimize=optimize, threads=threads, spinning=False)
+def run_graph(
+    graph: Path,
+    cases: Sequence[Case],
+    *,
+    optimize: bool = True,
+    threads: int | None = None,
+    initializers: Mapping[str, Array] | None = None,
+) -> list[Array]:
+    """The first output of ``graph`` in ONNX Runtime for every case; ``initializers`` are a patch's."""
+    runner = OnnxRuntimeRunner(graph, optimize=optimize, threads=threads, spinning=False, initializers=initializers)
     wanted = [spec.name for spec in runner.inputs]
     missing = sorted(set(wanted) - set(cases[0].feeds)) if cases else []
     if missing:

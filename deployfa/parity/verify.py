@@ -29,25 +29,31 @@ def verify(
     *,
     rows: Sequence[Row] | None = None,
     model: str | Path | None = None,
+    adapter: Adapter | None = None,
     use_torch: bool | None = None,
     status: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Hold ``bundle`` against PyTorch (float64, adapter unfolded), or without torch against its stored reference.
 
     ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
-    be found.  Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used.
+    be found.  A patched bundle is held against the reference in the patch; PyTorch needs ``adapter`` too, the one that
+    the patch was made from.  Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used.
     """
     say = status or (lambda _: None)
     manifest = bundle.manifest
+    if adapter is not None and bundle.patch is None:
+        raise InputError("the bundle brings its own adapter; pass --adapter only with --patch")
     name = str(model or manifest.base.name)
     if use_torch is None:
-        use_torch = find_spec("torch") is not None and (model is not None or Path(name).is_dir())
+        known = bundle.patch is None or adapter is not None
+        use_torch = known and find_spec("torch") is not None and (model is not None or Path(name).is_dir())
+    if use_torch and bundle.patch is not None and adapter is None:
+        raise InputError("a patch holds no adapter for PyTorch to run; pass --adapter FILE, or --no-torch")
     if not use_torch:
         if rows is not None:
             raise InputError("rows of your own need PyTorch to know the truth; leave --data out, or pass --model DIR")
         say("comparing with the reference stored in the bundle")
-        cases = read_cases(bundle.reference)
-        noise = Noise(manifest.reference.noise, manifest.reference.noise_max_abs, ())
+        cases, noise = _stored(bundle)
         return _report(bundle, cases, noise, manifest.reference.kind, None, [])
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
@@ -57,12 +63,26 @@ def verify(
     cases = text_cases(preprocessor, [row.text for row in rows] if rows else SENTENCES)
     say(f"computing the truth in PyTorch float64 ({sum(len(c.feeds['input_ids']) for c in cases)} rows)")
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
-    adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=manifest.base)
+    adapter = dataclasses.replace(adapter or Adapter.load(bundle.adapter), base=manifest.base)
     cases, noise, _ = torch_truth(name, adapter, cases)
     labels = None
     if rows and all(row.label is not None for row in rows):
-        labels = np.array(label_ids(rows, manifest.labels), dtype=np.int64)
+        labels = np.array(label_ids(rows, bundle.labels), dtype=np.int64)
     return _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))])
+
+
+def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
+    """The reference in the bundle; for a patch, the same inputs with the patch's own truth and noise."""
+    cases = read_cases(bundle.reference)
+    reference = bundle.manifest.reference
+    if bundle.patch is None:
+        return cases, Noise(reference.noise, reference.noise_max_abs, ())
+    meta = bundle.patch.meta
+    answers = bundle.patch.answers([len(case.feeds["input_ids"]) for case in cases])
+    patched = [
+        dataclasses.replace(case, truth=truth, base=base) for case, (truth, base) in zip(cases, answers, strict=True)
+    ]
+    return patched, Noise(meta.noise, meta.noise_max_abs, ())
 
 
 def _report(
@@ -81,10 +101,11 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
+    values = bundle.initializers
     outputs = [
         *before,
-        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False)),
-        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases)),
+        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, initializers=values)),
+        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, initializers=values)),
     ]
     stages = [
         measure(
@@ -95,10 +116,14 @@ def _report(
     ]  # fmt: skip
     truth, base = np.concatenate(truths), np.concatenate(bases)
     effect = float(np.linalg.norm(truth - base) / np.linalg.norm(truth))
-    trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())
+    if bundle.patch is not None:
+        trained = bundle.patch.meta.adapter.sites > 0
+    else:
+        trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())
     passed, reason = _verdict(stages, noise, silent=trained and noise.silent(cases))
     return ParityReport(
         bundle=str(bundle.path),
+        patch=str(bundle.patch.path) if bundle.patch is not None else None,
         truth=truth_name,
         rows=len(truth),
         tokens_longest=max(int(case.feeds["attention_mask"].sum(-1).max()) for case in cases),
