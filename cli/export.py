@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from deployfa.cli.console import done, print_json, show, spinner, warn
+from deployfa.cli.export_patch import export_patch
 from deployfa.cli.options import (
     AdapterOption,
     AllowMismatch,
@@ -58,6 +59,14 @@ def export(
     shapes: Annotated[
         str, typer.Option("--shapes", help="BATCHxSEQUENCE,... that --optimize auto times.")
     ] = "1x128,8x128",
+    delta: Annotated[
+        Path | None,
+        typer.Option(
+            "--delta",
+            help="Write a patch for this bundle: only the tensors that the adapter changes. "
+            "A bundle that is not there is written first, from the base alone.",
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Texts for the stored reference outputs.")] = None,
     threads: Threads = None,
     force: Force = False,
@@ -67,6 +76,9 @@ def export(
     """Put an adapter into production: fold it, fuse the graph, write a bundle.
 
     Example: deployfa export --adapter vefa.pt --out vefa.bundle
+
+    A fleet gets the base once and then a patch for each adapter: deployfa export --adapter vefa.pt --delta fleet.bundle
+    --out vefa.patch
     """
     from deployfa.adapter import Adapter
     from deployfa.atomic import check_output
@@ -75,28 +87,27 @@ def export(
     from deployfa.pipeline import export as run_export
 
     loaded = with_strength(Adapter.load(adapter), strength)
-    out = out if out is not None else adapter.with_name(f"{adapter.stem}.bundle")
+    out = out if out is not None else adapter.with_name(f"{adapter.stem}.{'bundle' if delta is None else 'patch'}")
     check_output(out, force=force)
-    sizes = parse_shapes(shapes)
-    rows = read_rows(data, need_label=False) if data is not None else None
+    options: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "optimize": optimize,
+        "placement": placement,
+        "prefer": prefer,
+        "untie": untie,
+        "require_fold": require_fold,
+        "shapes": parse_shapes(shapes),
+        "rows": read_rows(data, need_label=False) if data is not None else None,
+        "threads": threads,
+        "force": force,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
+    if delta is not None:
+        export_patch(loaded, delta, out, options, json=json)
+        return
     with spinner("exporting") as status:
-        exported = run_export(
-            loaded,
-            out,
-            model=model,
-            target=target,
-            optimize=optimize,
-            placement=placement,
-            prefer=prefer,
-            untie=untie,
-            require_fold=require_fold,
-            shapes=sizes,
-            rows=rows,
-            threads=threads,
-            force=force,
-            allow_base_mismatch=allow_base_mismatch,
-            status=status,
-        )
+        exported = run_export(loaded, out, **options, status=status)
     warn(exported.warnings)
     manifest = exported.bundle.manifest
     if json:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deployfa.adapter import Adapter, BaseReference
     from deployfa.bench import BenchReport, Contender, Shape
     from deployfa.bundle import Bundle, Manifest
+    from deployfa.delta import Delta, export_delta
     from deployfa.edits import Edit, LowRank
     from deployfa.errors import DeployfaError
     from deployfa.graph import Plan, apply_adapter, make_plan
@@ -31,6 +32,7 @@ _HOMES = {
     "BenchReport": "bench",
     "Bundle": "bundle",
     "Contender": "bench",
+    "Delta": "delta",
     "DeployfaError": "errors",
     "Edit": "edits",
     "LoRFAConfig": "training.tuners",
@@ -45,6 +47,7 @@ _HOMES = {
     "apply_adapter": "graph",
     "capture": "training.capture",
     "export": "pipeline",
+    "export_delta": "delta",
     "make_plan": "graph",
     "plan_adapter": "pipeline",
 }
@@ -56,6 +59,7 @@ __all__ = [
     "BenchReport",
     "Bundle",
     "Contender",
+    "Delta",
     "DeployfaError",
     "Edit",
     "LoRFAConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "apply_adapter",
     "capture",
     "export",
+    "export_delta",
     "make_plan",
     "plan_adapter",
 ]

@@ -231,3 +231,16 @@ def test_a_closed_pipe_is_not_an_error(bundles: dict[str, Path]) -> None:
     command = f"{sys.executable} -m deployfa.cli run {bundles['folded']} {'--text hello ' * 50} | head -1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_that_is_no_patch_is_refused(cli, bundles: dict[str, Path], tmp_path: Path) -> None:
+    for command in (["run", bundles["folded"], "-t", "x"], ["verify", bundles["folded"]]):
+        result = cli(*command, "--patch", bundles["folded"] / "adapter.safetensors")
+        assert_one_line(result, "is not a patch", "export --delta")
+        assert_one_line(cli(*command, "--patch", tmp_path / "absent.patch"), "no patch at")
+
+
+def test_a_patch_cannot_hold_a_side_op(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    command = ["export", "-a", trained["vefa"], "--delta", tmp_path / "f", "-o", tmp_path / "p"]
+    assert_one_line(cli(*command, "--placement", "side-op"), "needs a side op", "without --delta")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from deployfa.bench import BenchReport
 from deployfa.bundle import Manifest
 from deployfa.bundle.manifest import FusedCount
 from deployfa.cli.export import ExportReport
+from deployfa.cli.export_patch import DeltaReport
 from deployfa.cli.fetch import Fetched
 from deployfa.cli.models import ListedRecipe
 from deployfa.graph import Plan
@@ -70,6 +72,26 @@ def test_export(cli, trained: dict[str, Path], tmp_path: Path) -> None:
     assert Path(found["bundle"]).is_dir()
     assert found["manifest"]["fusions"]["com.microsoft::BiasGelu"] == {"base": 6, "adapted": 6}
     assert found["warnings"] == []
+
+
+def test_delta_run_and_verify(cli, trained: dict[str, Path], tmp_path: Path) -> None:
+    command = ["export", "-a", trained["vefa"], "--delta", "fleet.bundle", "-o", "vefa.patch", "--optimize", "none"]
+    result = cli(*command, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = check(result.stdout, DeltaReport)
+    assert (found["patch"], found["patch_bytes"]) == ("vefa.patch", (tmp_path / "vefa.patch").stat().st_size)
+    assert found["wrote_bundle"] is True
+    assert found["tensor_bytes"] == sum(4 * math.prod(shape) for shape in found["tensors"].values())
+    assert 0 < found["share"] < 1 and found["error"] <= 2 * found["noise"]
+    run = ["run", "fleet.bundle", "-t", "a joy", "--json"]
+    with_patch = check(cli(*run, "--patch", "vefa.patch", cwd=tmp_path).stdout, RunReport)
+    assert with_patch["patch"] == "vefa.patch"
+    assert with_patch["answers"] != check(cli(*run, cwd=tmp_path).stdout, RunReport)["answers"]
+    verified = cli("verify", "fleet.bundle", "--patch", "vefa.patch", "--no-torch", "--json", cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    assert check(verified.stdout, ParityReport)["patch"] == "vefa.patch"
+    manifest = msgspec.json.decode((tmp_path / "fleet.bundle" / "manifest.json").read_bytes(), type=Manifest)
+    assert manifest.parity is None
 
 
 def test_verify_and_its_summary_in_the_manifest(cli, bundle: Path) -> None:
