@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Edit
-from deployfa.graph.carry import Blocked, Carried, backwards
+from deployfa.graph.backwards import backwards
+from deployfa.graph.carry import Blocked, Carried
 from deployfa.graph.layers import Use
 from deployfa.graph.norm import Norm, find_norm
 from deployfa.graph.sites import Site

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Edit, Float64
-from deployfa.graph.carry import Blocked, Carried, backwards
+from deployfa.graph.backwards import backwards
+from deployfa.graph.carry import Blocked, Carried
 from deployfa.graph.layers import Use, layers
 from deployfa.graph.norm import Norm, fold_into_norms
 from deployfa.graph.own_weight import why_not_use_scaled
