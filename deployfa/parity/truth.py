@@ -111,11 +111,12 @@ def torch_truth(
     import torch
 
     from deployfa.training.base import load_base_of
-    from deployfa.training.reference import check_base, load_adapted
+    from deployfa.training.reference import check_base, float64_throughout, load_adapted
 
     base = load_base_of(adapter, model)
     warning = check_base(base, adapter, allow_mismatch=allow_mismatch)
-    double = _run(load_adapted(base, adapter, dtype=torch.float64), cases)
+    with float64_throughout():
+        double = _run(load_adapted(base, adapter, dtype=torch.float64), cases)
     bases = _run(load_adapted(base, adapter, dtype=torch.float32, edits=False), cases)
     single = _run(load_adapted(base, adapter, dtype=torch.float32), cases)
     return _with_truth(cases, double, bases), Noise.between(single, double), warning

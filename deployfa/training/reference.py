@@ -6,7 +6,9 @@ against the PEFT tuners, which compute it their own way.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.errors import EditError, SiteError
 from deployfa.training.base import Base, base_fingerprint, load_base_of
 
-__all__ = ["adapted_model", "attach", "load_adapted"]
+__all__ = ["adapted_model", "attach", "float64_throughout", "load_adapted"]
 
 
 def adapted_model(adapter: str | Path, model: str | Path | None = None) -> nn.Module:
@@ -61,6 +64,34 @@ def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Modu
                 )
             _hook(modules[path], edit)
     return model
+
+
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Run a float64 model in float64: inside the block PyTorch takes float64 where code asks for float32 by name.
+
+    The norms, rotary embeddings and softmaxes of Llama and its kin compute in float32 whatever the dtype of the model,
+    and their rounding, nearly half of a float32 run's, would stand in the truth.
+    """
+    with _Float64():
+        yield
+
+
+class _Float64(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def check_base(base: Base, adapter: Adapter, *, allow_mismatch: bool = False) -> str | None:

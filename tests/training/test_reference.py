@@ -17,7 +17,7 @@ from deployfa.edits import Edit, LowRank
 from deployfa.errors import EditError, SiteError
 from deployfa.training.base import base_fingerprint
 from deployfa.training.capture import capture
-from deployfa.training.reference import attach
+from deployfa.training.reference import attach, float64_throughout
 
 CONFIGS = {
     "vefa": lambda **k: VeFAConfig(**k),
@@ -172,3 +172,17 @@ def test_the_fingerprint_looks_through_adapters_and_skips_the_head() -> None:
         base.bert.encoder.layer[0].output.dense.bias[0] += 1e-12
     assert base_fingerprint(base, without=["classifier"]) != plain
     assert BaseReference().fingerprint is None
+
+
+def test_float64_reaches_code_that_asks_for_float32_by_name() -> None:
+    """Llama's norm computes in float32 whatever its dtype; the truth must not have that rounding."""
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8).double()
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    array = x.numpy()
+    exact = array / np.sqrt((array**2).mean(-1, keepdims=True) + norm.variance_epsilon)
+    with torch.inference_mode(), float64_throughout():
+        assert np.abs(norm(x).numpy() - exact).max() < 1e-14
+        assert torch.zeros(2, dtype=torch.float32).dtype == x.float().dtype == torch.float64
+    with torch.inference_mode():
+        assert np.abs(norm(x).numpy() - exact).max() > 1e-9, "without it the norm rounds to float32"
+    assert torch.zeros(2, dtype=torch.float32).dtype == torch.float32
