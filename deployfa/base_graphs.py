@@ -32,7 +32,7 @@ from deployfa.preprocess import TOKENIZER_FILES
 __all__ = ["BaseGraph", "base_graph", "copy_tokenizer"]
 
 #: Raised when the export changes what it writes, so that older entries are made again.
-_REVISION = 2
+_REVISION = 3
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 

@@ -175,7 +175,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the loading reports and version warnings of libraries; errors still come as exceptions."""
-    names = ("torch", "torch.onnx", "torch.export", "onnxscript", "transformers", "peft", "accelerate")
+    names = ("torch", "torch.onnx", "torch.export", "onnx_ir", "onnxscript", "transformers", "peft", "accelerate")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     verbosity = transformers.logging.get_verbosity()

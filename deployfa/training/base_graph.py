@@ -1,8 +1,8 @@
 """Export the base model to its base graph, once.
 
-``transformers.exporters.OnnxExporter`` does the work (attention masks, dynamic shapes); here its graph is made
-readable: dimensions are called ``batch`` and ``sequence``, weights after their modules, and nothing of the machine
-that made it stays in the metadata.
+``transformers.exporters.OnnxExporter`` does the work for its own models (attention masks, dynamic shapes),
+``torch.onnx.export`` for any other; here their graph is made readable: dimensions are called ``batch`` and
+``sequence``, weights after their modules, and nothing of the machine that made it stays in the metadata.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,13 @@ from deployfa.edits import Array
 from deployfa.errors import ExportError
 from deployfa.naming import SCOPES, TRANSPOSED, module_path_of
 from deployfa.training.base import Base, quiet
+from deployfa.training.reference import float64_throughout
+from deployfa.training.whole_layers import whole_layers
 
-__all__ = ["export_base_graph", "probe", "sample_inputs"]
+__all__ = ["TEXT", "export_base_graph", "export_module", "probe", "sample_inputs"]
+
+#: The dynamic axes of an input of token ids, by name.
+TEXT = {0: "batch", 1: "sequence"}
 
 
 def export_base_graph(base: Base) -> ir.Model:
@@ -30,28 +36,53 @@ def export_base_graph(base: Base) -> ir.Model:
 
     Raises ``ExportError`` with the exporter's first line.
     """
-    from transformers.exporters import OnnxConfig, OnnxExporter
 
     model = base.model.eval()
     _make_fresh_weights_unique(model, base.fresh_modules)
     feeds = sample_inputs(model)
-    dynamic = {
-        name: dict.fromkeys(range(min(tensor.dim(), 2)), torch.export.Dim.DYNAMIC) for name, tensor in feeds.items()
+    return export_module(model, feeds, dict.fromkeys(feeds, TEXT))
+
+
+def export_module(
+    model: nn.Module, feeds: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]]
+) -> ir.Model:
+    """The ONNX graph of ``model`` in eval mode, module paths kept.
+
+    feeds: name of a keyword of ``forward`` → sample tensor.  dynamic: input → axis → the name of the dimension there;
+    every other axis is fixed at the sample's.  Raises ``ExportError`` with the exporter's first line.
+    """
+    shapes = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, {}) if axis < tensor.dim()}
+        for name, tensor in feeds.items()
     }
     try:
-        # the exporter prints its progress on standard output, which belongs to --json
-        with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            exported = OnnxExporter().export(model, feeds, OnnxConfig(dynamic=True, dynamic_shapes=dynamic))  # type: ignore[arg-type]
+        # the exporters print their progress on standard output, which belongs to --json
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), whole_layers():
+            program = _export(model.eval(), dict(feeds), shapes)
     except Exception as error:
         # any of three libraries may fail here, each with its own exceptions
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"exporting {base.architecture} failed ({first_line}); try other versions of torch"
+            f"exporting {type(model).__name__} failed ({first_line}); try other versions of torch"
         ) from error
-    program: ir.Model = exported.program
-    _name_dimensions(program.graph)
+    _name_dimensions(program.graph, dynamic)
     _clean_metadata(program)
     _name_weights(program)
+    return program
+
+
+def _export(model: nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, dict[int, Any]]) -> ir.Model:
+    from transformers import PreTrainedModel
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    program: ir.Model
+    if isinstance(model, PreTrainedModel):
+        config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
+        program = OnnxExporter().export(model, feeds, config).program  # type: ignore[arg-type]
+        return program
+    exported = torch.onnx.export(model, kwargs=feeds, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    assert exported is not None  # only dynamo=False returns nothing
+    program = exported.model
     return program
 
 
@@ -61,7 +92,8 @@ def probe(base: Base) -> tuple[dict[str, Array], Array, Array]:
     feeds = {name: torch.cat([t, t.flip(0)[:1]]).repeat(1, 2)[:, :9] for name, t in sample_inputs(base.model).items()}
     feeds["attention_mask"] = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 6 + [0] * 3])
     with torch.inference_mode():
-        truth = copy.deepcopy(base.model).double()(**feeds).logits.numpy()
+        with float64_throughout():
+            truth = copy.deepcopy(base.model).double()(**feeds).logits.numpy()
         single = base.model(**feeds).logits.numpy()
     return {name: tensor.numpy() for name, tensor in feeds.items()}, truth, single
 
@@ -88,13 +120,14 @@ def _make_fresh_weights_unique(model: nn.Module, fresh: tuple[str, ...]) -> None
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def _name_dimensions(graph: ir.Graph) -> None:
-    """torch's ``s72`` → ``batch`` and ``sequence``, by the axis at which an input has it."""
+def _name_dimensions(graph: ir.Graph, dynamic: Mapping[str, Mapping[int, str]]) -> None:
+    """torch's ``s72`` → ``batch``, as ``dynamic`` names the axis at which an input has it."""
     names: dict[str, str] = {}
     for value in graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                names.setdefault(str(dim.value), ("batch", "sequence")[axis] if axis < 2 else str(dim.value))
+                name = dynamic.get(value.name or "", {}).get(axis, str(dim.value))
+                names.setdefault(str(dim.value), name)
     values = list(graph.inputs) + [output for node in graph.all_nodes() for output in node.outputs]
     for value in values:
         if value.shape is None:
