@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ def export_base_graph(base: Base) -> ir.Model:
     model = base.model.eval()
     _make_fresh_weights_unique(model, base.fresh_modules)
     feeds = sample_inputs(model)
-    return export_module(model, feeds, dict.fromkeys(feeds, TEXT))
+    with _without_cache(model):
+        return export_module(model, feeds, dict.fromkeys(feeds, TEXT))
 
 
 def export_module(
@@ -69,6 +70,22 @@ def export_module(
     _clean_metadata(program)
     _name_weights(program)
     return program
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A classifier answers its logits: keys and values of a decoder as further outputs would be computed for nobody,
+    and keep a scale from going through attention into the values."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def _export(model: nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, dict[int, Any]]) -> ir.Model:
