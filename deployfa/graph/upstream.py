@@ -72,6 +72,18 @@ class Upstream:
     reasons: Mapping[str, str]
 
 
+class _Disagree(Blocked):
+    """Two sites ask for different changes of one value."""
+
+    def __init__(self, kind: str, first: str, second: str) -> None:
+        super().__init__(f"{kind} also feeds '{second}', whose edit is another")
+        self._kind, self._first, self._second = kind, first, second
+
+    def told_to(self, site: str) -> str:
+        other = self._first if site == self._second else self._second
+        return f"{self._kind} also feeds '{other}', whose edit is another"
+
+
 def find_upstream(
     graph: ir.Graph,
     sites: Mapping[str, Site],
@@ -106,6 +118,8 @@ def find_upstream(
         group = Group(chosen[members[0]][0].kind, tuple((name, path) for name in members for path in chosen[name]))
         try:
             _check(group, uses, names, beside)
+        except _Disagree as blocked:
+            reasons |= {member: blocked.told_to(member) for member in members}
         except Blocked as blocked:
             reasons |= dict.fromkeys(members, str(blocked))
         else:
@@ -197,15 +211,15 @@ def _meeting(chosen: Mapping[str, list[Path]]) -> list[list[str]]:
 
 def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], beside: Collection[str]) -> None:
     """Raise ``Blocked`` unless every reader of every value on the paths gets what it should."""
-    values: dict[ir.Value, Carried] = {}
+    values: dict[ir.Value, tuple[Carried, str]] = {}
     edges: set[tuple[ir.Node, int]] = set()
     for name, path in group.paths:
         edges |= path.edges
         for value, change in path.values.items():
-            known = values.setdefault(value, change)
+            known, first = values.setdefault(value, (change, name))
             if not known.same(change):
-                raise Blocked(f"{group.kind} also feeds '{_other(group, name)}', whose edit is another")
-    for value, change in values.items():
+                raise _Disagree(group.kind, first, name)
+    for value, (change, _) in values.items():
         if value.is_graph_output():
             raise Blocked(f"{group.kind} is also an output of the graph")
         for node, index in value.uses():
@@ -284,7 +298,3 @@ def _part_unchanged(node: ir.Node, output: ir.Value, change: Carried) -> bool:
     if change.shift is not None:
         alters = alters | (change.shift != 0.0)
     return not bool((reads & alters).any())
-
-
-def _other(group: Group, name: str) -> str:
-    return next((site for site in group.sites if site != name), name)
