@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from architectures import ARCHITECTURES
-from placements import ADAPTERS, MODES, Row, markdown, measure
+from placements import ADAPTERS, MODES, measure
+from placements_table import Row, markdown
 
 from deployfa.parity.measures import LIMIT
 
