@@ -88,9 +88,11 @@ class Use:
 
     @property
     def pads_first(self) -> bool:
-        """Whether the module pads with zeros in a node of its own (a Conv2d subclass that calls ``F.pad``)."""
+        """Whether the module pads with zeros in a node of its own (a Conv2d subclass that calls ``F.pad``, or holds a
+        module that pads)."""
         pad = self.input.producer()
-        if pad is None or pad.op_type != "Pad" or module_path(pad) != module_path(self.node):
+        inside = f"{module_path(pad) if pad is not None else ''}.".startswith(f"{module_path(self.node)}.")
+        if pad is None or pad.op_type != "Pad" or not inside:
             return False
         return pad.attributes.get_string("mode", "constant") == "constant"
 

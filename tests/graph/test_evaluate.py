@@ -55,3 +55,17 @@ def test_integers_stay_and_cases_come_back_in_order(builder):
     model = g.model(g.op("Gather", g.const("table", X), ids, out="y"))
     found = evaluate(model, ({"ids": np.array(pair)} for pair in ([0, 1], [1, 0])))
     assert [np.array_equal(f["y"], X[pair]) for f, pair in zip(found, ([0, 1], [1, 0]), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+def test_gather_elements_along_any_axis_of_any_length(builder, axis):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((70, 80)).astype(np.float32)
+    indices = rng.integers(0, min(x.shape), (65, 66))
+    g = builder()
+    picked = g.op("GatherElements", g.input("x", *x.shape), g.const("indices", indices), axis=axis, out="y")
+    (found,) = evaluate(g.model(picked), [{"x": x}])
+    at = axis % 2
+    for i, j in ((0, 0), (64, 65), (3, 40)):
+        row, column = (indices[i, j], j) if at == 0 else (i, indices[i, j])
+        assert found["y"][i, j] == np.float64(x[row, column])

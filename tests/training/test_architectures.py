@@ -13,8 +13,6 @@ from placements_table import Row, markdown
 from deployfa.parity.measures import LIMIT
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-#: ``onnx.reference`` gets GatherElements wrong for a negative axis, and for more than 64 elements of an axis
-NOT_IN_FLOAT64 = {"RoBERTa", "DeBERTa-v2"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def test_every_layer_is_found_and_every_placement_is_exact(name: str) -> None:
     row = measure(name)
     assert (row.found, row.missing) == (row.expected, [])
     assert row.found > 8
-    assert row.not_in_float64 is None or name in NOT_IN_FLOAT64
+    assert row.not_in_float64 is None
     assert set(row.adapters) == set(ADAPTERS)
     for kind, measured in row.adapters.items():
         assert measured.effect > 1000 * LIMIT, f"{kind} does something"
