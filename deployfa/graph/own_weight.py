@@ -212,7 +212,7 @@ def _why_not_rebiased(site: Site) -> str | None:
             return "bias is computed in the graph"
         if bias.quantised:
             return "bias is quantised"
-        if int(np.prod(bias.shape, dtype=np.int64)) not in {1, site.out_features}:
+        if set(bias.shape[:-1]) - {1} or bias.shape[-1:] not in {(), (1,), (site.out_features,)}:
             return "bias differs by position"
     return None
 
@@ -222,6 +222,8 @@ def _alone(weight: Weight, ours: set[ir.Node]) -> bool:
     outer = weight.scales.node.outputs[0] if weight.scales is not None else None
     chain = [node.outputs[0] for node in weight.nodes] or ([outer] if outer is not None else [])
     if outer is not None and weight.nodes and len(list(outer.uses())) > 1:
+        return False
+    if any(value.is_graph_output() for value in chain):
         return False
     return all(len(list(value.uses())) == 1 for value in chain[:-1]) and (
         not chain or set(chain[-1].consumers()) <= ours
