@@ -1,8 +1,8 @@
 """Reference operators for quantised graphs, in the precision of their floats.
 
-``onnx.reference`` has no MatMulNBits, which is ONNX Runtime's, and computes DynamicQuantizeLinear in float32 whatever
-it is given, which a reference in float64 must not.  Sources: the ONNX page of DynamicQuantizeLinear, ONNX Runtime's
-page of MatMulNBits.
+``onnx.reference`` has no MatMulNBits and no QGemm, which are ONNX Runtime's, and computes DynamicQuantizeLinear in
+float32 whatever it is given, which a reference in float64 must not.  Sources: the ONNX page of DynamicQuantizeLinear,
+ONNX Runtime's pages of MatMulNBits and QGemm.
 """
 
 from __future__ import annotations
@@ -46,8 +46,39 @@ def quantised_operators() -> list[Any]:
             if g_idx is not None and g_idx.size:
                 raise NotImplementedError("MatMulNBits with g_idx")
             size = (attributes["N"], attributes["K"])
-            weight = dequantized_blocks(b, scales, zero_points, size, attributes["block_size"], attributes["bits"])
+            bits = attributes.get("bits", 4)
+            weight = dequantized_blocks(b, scales, zero_points, size, attributes["block_size"], bits)
             product = a @ weight.T.astype(a.dtype)
             return (product if bias is None else product + bias,)
 
-    return [DynamicQuantizeLinear, MatMulNBits]
+    class QGemm(OpRun):
+        op_domain = "com.microsoft"
+
+        def _run(
+            self,
+            a: Array,
+            a_scale: Array,
+            a_zero: Array,
+            b: Array,
+            b_scale: Array,
+            b_zero: Array,
+            c: Array | None = None,
+            y_scale: Array | None = None,
+            y_zero: Array | None = None,
+            **attributes: Any,
+        ) -> tuple[Array]:
+            left = a.astype(np.int64) - a_zero.astype(np.int64)
+            # one zero point for each output lies along the rows of a transposed b
+            transposed = attributes.get("transB", 0) != 0
+            right = b.astype(np.int64) - b_zero.astype(np.int64).reshape((-1, 1) if transposed else (1, -1))
+            total = (left.T if attributes.get("transA", 0) else left) @ (right.T if transposed else right)
+            if c is not None:
+                total = total + c.astype(np.int64)
+            y: Array = attributes.get("alpha", 1.0) * a_scale * b_scale * total
+            if y_scale is None:
+                return (np.asarray(y, dtype=a_scale.dtype),)
+            zero = np.zeros((), dtype=np.uint8) if y_zero is None else y_zero
+            bounds = np.iinfo(zero.dtype)
+            return (np.clip(np.rint(y / y_scale) + zero, bounds.min, bounds.max).astype(zero.dtype),)
+
+    return [DynamicQuantizeLinear, MatMulNBits, QGemm]
