@@ -22,7 +22,21 @@ def spell_out(graph: ir.Graph, use: Use) -> Use:
 
 def in_floats(graph: ir.Graph, use: Use) -> Use:
     """``use`` with its weight as floats that may be written over; what it computes stays what it was, but for the
-    rounding of its input that a dynamic quantisation did."""
+    rounding of its input that a dynamic quantisation did, and of its output that a static one did: the range of that
+    was measured with the old weight and would cut off what another one answers.
+
+    Raises ``PlanError`` if the answer goes on as integers.
+    """
+    use = _weight_in_floats(graph, use)
+    # the product, and then the sum with the bias if that is quantised again
+    while _unquantised(graph, use.output):
+        again = read_layer(use.node)
+        assert again is not None  # only what comes after it has changed
+        use = again
+    return use
+
+
+def _weight_in_floats(graph: ir.Graph, use: Use) -> Use:
     if use.integer:
         use = spell_out(graph, use)
     if use.weight.scales is None or use.weight.scales.form == "dequantize" or use.weight.scales.form == "multiply":
@@ -51,6 +65,28 @@ def in_floats(graph: ir.Graph, use: Use) -> Use:
     spelled = read_layer(node)
     assert spelled is not None  # a MatMul with a stored weight is a layer
     return spelled
+
+
+def _unquantised(graph: ir.Graph, value: ir.Value) -> bool:
+    """Leave out the QuantizeLinear of ``value`` and the DequantizeLinear after it; ``False`` if there is none."""
+    quantizers = [node for node in value.consumers() if node.op_type == "QuantizeLinear" and node.inputs[0] is value]
+    for quantizer in quantizers:
+        integers = quantizer.outputs[0]
+        dequantizers = [use.node for use in integers.uses()]
+        if integers.is_graph_output() or any(node.op_type != "DequantizeLinear" for node in dequantizers):
+            raise PlanError(
+                f"node '{quantizer.name}' quantises what a replaced module answers, in a range that fits the old one; "
+                "quantise the base model with this module left out"
+            )
+        for node in dequantizers:
+            result = node.outputs[0]
+            name, was_output = result.name, result.is_graph_output()
+            result.replace_all_uses_with(value, replace_graph_outputs=True)
+            if was_output:
+                value.name, result.name = name, value.name
+            graph.remove(node, safe=True)
+        graph.remove(quantizer, safe=True)
+    return bool(quantizers)
 
 
 def _expand(graph: ir.Graph, node: ir.Node) -> ir.Node:
