@@ -13,6 +13,7 @@ import safetensors
 from deployfa.adapter.torch_zip import read_torch_zip
 from deployfa.edits import Array
 from deployfa.errors import InputError
+from deployfa.naming import same_path
 
 __all__ = ["weights_of"]
 
@@ -28,12 +29,12 @@ def weights_of(folder: Path, sites: Collection[str]) -> dict[str, Callable[[], A
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise InputError(f"'{folder}' holds no *.safetensors and no *.bin; pass a model directory with --model")
-    found: dict[str, Callable[[], Array]] = {}
+    owners: dict[str, Path] = {}
     for file in files:
         with _open(file) as (names, _):
-            named = {site: _named(site, names) for site in sites}
-        found |= {site: partial(_read, file, name) for site, name in named.items() if name is not None}
-    return found
+            owners |= dict.fromkeys(names, file)
+    named = {site: same_path(f"{site}.weight", owners) for site in sites}
+    return {site: partial(_read, owners[names[0]], names[0]) for site, names in named.items() if len(names) == 1}
 
 
 def _read(file: Path, name: str) -> Array:
@@ -55,11 +56,3 @@ def _open(file: Path) -> Iterator[tuple[list[str], Callable[[str], Array]]]:
             yield list(tensors.keys()), tensors.get_tensor
     except safetensors.SafetensorError as error:
         raise InputError(f"'{file}' is not a whole safetensors file ({error}); copy it again") from error
-
-
-def _named(site: str, names: Collection[str]) -> str | None:
-    """The parameter of ``site``: a checkpoint of the whole model names it as the adapter does, one of the encoder alone
-    leaves the first part out, one of a larger model puts one before."""
-    exact = f"{site}.weight"
-    ends = [name for name in names if name == exact or exact.endswith(f".{name}") or name.endswith(f".{exact}")]
-    return max(ends, key=lambda name: (name == exact, len(name)), default=None)

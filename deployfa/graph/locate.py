@@ -20,7 +20,7 @@ from deployfa.edits import Array, Float64
 from deployfa.errors import BaseMismatchError, SiteError
 from deployfa.graph.layers import Use, layers, module_path
 from deployfa.graph.weights import canonical
-from deployfa.naming import SCOPES
+from deployfa.naming import SCOPES, same_path
 
 __all__ = ["Located", "locate_sites"]
 
@@ -71,7 +71,7 @@ def locate_sites(
     for site, size in wanted.items():
         read = (base or {}).get(site)
         weight = read() if read is not None else None
-        uses, how = _find(site, size, found_layers, (named or {}).get(site), weight)
+        uses, how = _find(site, size, found_layers, (named or {}).get(site), weight, compared=base is not None)
         if weight is not None and not any(_same_weight(use, weight) for use in uses[:1]):
             raise BaseMismatchError(
                 f"site '{site}' was found by {how}, but its weight is not the base model's; pass the graph of that "
@@ -125,7 +125,7 @@ class _Layers:
 
 
 def _find(
-    site: str, size: tuple[int, int] | None, known: _Layers, name: str | None, weight: Array | None
+    site: str, size: tuple[int, int] | None, known: _Layers, name: str | None, weight: Array | None, *, compared: bool
 ) -> tuple[list[Use], str]:
     if name is not None:
         uses = _alike(known.literally(name))
@@ -141,16 +141,16 @@ def _find(
         ("bias name", known.by_bias),
         ("node name", known.by_node),
     )
+    several = ""
     for how, index in evidence:
-        for label, matching in _matches(site, index):
-            fitting = [group for group in _alike(matching) if _fits(group[0], size)]
-            if len(fitting) == 1:
-                return fitting[0], f"{how} '{label}'"
-            if len(fitting) > 1 and weight is None:
-                raise SiteError(
-                    f"site '{site}' fits several layers by {how}: {', '.join(g[0].weight.name for g in fitting[:4])}; "
-                    "name one in --sites, or pass the base model with --model"
-                )
+        labels = same_path(site, index)
+        fitting = [group for group in _alike(use for each in labels for use in index[each]) if _fits(group[0], size)]
+        if len(fitting) == 1:
+            label = next(each for each in labels if fitting[0][0] in index[each])
+            return fitting[0], f"{how} '{label}'"
+        if fitting and not several:
+            # a bias that the exporter merged names many layers; what comes next may tell them apart
+            several = f"fits several layers by {how}: {', '.join(group[0].weight.name for group in fitting[:4])}"
     if weight is not None:
         near = _alike([use for use in known.uses if _fits(use, size) and _same_weight(use, weight)])
         if len(near) == 1:
@@ -158,18 +158,10 @@ def _find(
         if near:
             names = ", ".join(group[0].weight.name for group in near[:4])
             raise SiteError(f"site '{site}' has the weight of several layers: {names}; name one in --sites")
-    hint = "" if weight is not None else ", or pass the base model with --model to compare weights"
+    hint = "" if compared else ", or pass the base model with --model to compare weights"
+    if several:
+        raise SiteError(f"site '{site}' {several}; name one in --sites{hint}")
     raise SiteError(f"site '{site}' not found; {_candidates(site, size, known, site)}{hint}")
-
-
-def _matches(site: str, index: Mapping[str, list[Use]]) -> list[tuple[str, list[Use]]]:
-    """Names that are the site's: equal, or equal but for what stands before (``bert.`` or ``model.``)."""
-    if site in index:
-        return [(site, index[site])]
-    ends = [name for name in index if name.endswith(f".{site}") or site.endswith(f".{name}")]
-    longest = max((len(name) for name in ends), default=0)
-    chosen = [name for name in ends if len(name) == longest]
-    return [(chosen[0], [use for name in chosen for use in index[name]])] if chosen else []
 
 
 def _alike(uses: Iterable[Use]) -> list[list[Use]]:
@@ -200,8 +192,9 @@ def _same_weight(use: Use, weight: Array) -> bool:
 
 def _near(use: Use, numbers: Array, weight: Array) -> bool:
     if not use.weight.quantised:
-        # rounded at most once to the graph's own dtype
-        return bool(np.array_equal(numbers, weight.astype(numbers.dtype)))
+        # either may be a copy of the other that was rounded once
+        coarser = min(numbers.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+        return bool(np.array_equal(numbers.astype(coarser), weight.astype(coarser)))
     w: Float64 = weight.astype(np.float64)
     return float(np.linalg.norm(numbers - w)) <= _NEAR * float(np.linalg.norm(w))
 
