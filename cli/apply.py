@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from deployfa.cli.console import done, print_json, show, spinner
@@ -48,7 +47,7 @@ def apply(
     Example: deployfa apply model_int8.onnx --adapter vefa.pt --out adapted
     """
     from deployfa.adapter import Adapter
-    from deployfa.apply import apply_to_graph, read_site_names
+    from deployfa.apply import ApplyReport, apply_to_graph, read_site_names
     from deployfa.convert import with_strength
 
     named = read_site_names(sites) if sites is not None else None
@@ -68,7 +67,7 @@ def apply(
             status=status,
         )
     if json:
-        print_json({"out": str(out), "sites": applied.located, "plan": msgspec.to_builtins(applied.plan)})
+        print_json(ApplyReport(out=str(out), sites=applied.located, plan=applied.plan))
         return
     from rich.table import Table
 

@@ -18,7 +18,7 @@ from deployfa.graph.locate import Located, locate_sites
 from deployfa.graph.plan import Prefer, Preference
 from deployfa.graph.storage import GRAPH, load_graph, save_graph
 
-__all__ = ["PLAN", "SITES", "Applied", "LocatedSite", "apply_to_graph", "read_site_names"]
+__all__ = ["PLAN", "SITES", "Applied", "ApplyReport", "LocatedSite", "apply_to_graph", "read_site_names"]
 
 PLAN, SITES = "plan.json", "sites.json"
 
@@ -30,6 +30,14 @@ class LocatedSite(msgspec.Struct, frozen=True, kw_only=True):
     weight: str
     nodes: list[str]
     how: str
+
+
+class ApplyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The schema of ``apply --json``."""
+
+    out: str
+    sites: list[LocatedSite]
+    plan: Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +73,9 @@ def apply_to_graph(
     if out.suffix == ".onnx":
         raise InputError(f"a graph and its weights are two files, '{out}' is one; pass a folder: {out.with_suffix('')}")
     check_output(out, force=force, holding=GRAPH)
+    for given in (graph, model):
+        if given is not None and given.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"'{out}' holds '{given}', which --force would replace; pass another --out")
     base = load_graph(graph)
     say("finding the sites")
     wanted = {site: _size(edit) for site, edit in adapter.edits.items()}
