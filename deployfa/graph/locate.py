@@ -87,11 +87,37 @@ def locate_sites(
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:
-    """Infer the shapes that the exporter left out: planning looks at them.  What cannot be inferred stays unknown."""
-    if any(output.shape is None for node in model.graph for output in node.outputs):
-        # not strict: operators of a vendor have no rule, and what follows them stays unknown
-        infer_shapes(model, check_type=False, strict_mode=False)
+    """Infer the shapes and types that the exporter left out: planning looks at them.  What cannot be inferred stays
+    unknown."""
+    missing = {value.name: value for node in model.graph for value in node.outputs if value.shape is None}
+    if not missing:
+        return model
+    plain = model.clone()
+    for node in list(plain.graph):
+        if node.op_type == "MatMulNBits" and node.domain == "com.microsoft":
+            _as_matmul(plain.graph, node)
+    # not strict: operators of a vendor have no rule, and what follows them stays unknown
+    infer_shapes(plain, check_type=False, strict_mode=False)
+    for node in plain.graph:
+        for inferred in node.outputs:
+            value = missing.get(inferred.name)
+            if value is not None:
+                value.shape, value.type = inferred.shape, value.type or inferred.type
     return model
+
+
+def _as_matmul(graph: ir.Graph, node: ir.Node) -> None:
+    """A MatMul of the same shape in the place of a MatMulNBits, for which shape inference has no rule."""
+    k, n = (node.attributes.get_int(name, 0) for name in ("K", "N"))
+    scales, old = node.inputs[2], node.outputs[0]
+    kind = ir.TensorType((scales.dtype if scales is not None else None) or ir.DataType.FLOAT)
+    weight = ir.Value(name=f"{old.name}/weight", shape=ir.Shape([k, n]), type=kind)
+    graph.inputs.append(weight)
+    made = ir.node("MatMul", [node.inputs[0], weight])
+    made.outputs[0].name = old.name
+    graph.insert_before(node, made)
+    old.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 class _Layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from deployfa.errors import BaseMismatchError, SiteError
@@ -173,6 +174,34 @@ def test_shapes_are_inferred_where_they_were_left_out(builder, w):
     located, _ = locate_sites(model, {"a": None})
     assert all(value.shape is not None for node in located.graph for value in node.outputs)
     assert any(value.shape is None for node in model.graph for value in node.outputs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_shapes_after_an_int4_layer(dtype, builder):
+    """MatMulNBits is no operator of the standard, so shape inference has no rule for it and stops there."""
+    g = builder(dtype)
+    value = g.input("x", "batch", "tokens", 16)
+    for number in range(2):
+        packed = ir.tensor(np.zeros((16, 1, 8), np.uint8), name=f"q{number}")
+        stored = ir.Value(name=packed.name, shape=packed.shape, type=ir.TensorType(packed.dtype), const_value=packed)
+        g.initializers.append(stored)
+        scale = g.const(f"s{number}", np.ones(16))
+        value = g.op("MatMulNBits", g.op("Relu", value), stored, scale, K=16, N=16, bits=4, block_size=16)
+        g.nodes[-1].domain = "com.microsoft"
+        value.type = None
+    imports = {"": 20, "com.microsoft": 1}
+    graph = ir.Graph(g.inputs, [g.op("Relu", value)], nodes=g.nodes, initializers=g.initializers, opset_imports=imports)
+    model = ir.Model(graph, ir_version=10)
+    assert all(value.shape is None for node in graph for value in node.outputs)
+    located, (first, second) = locate_sites(model, {"q0": (16, 16), "q1": (16, 16)})
+    for use in (*first.uses, *second.uses):
+        assert (
+            [str(dim) for dim in use.input.shape] == [str(dim) for dim in use.output.shape] == ["batch", "tokens", "16"]
+        )
+        assert use.input.dtype == use.output.dtype == g.onnx
+    assert [node.op_type for node in located.graph] == [node.op_type for node in model.graph]
+    assert set(located.graph.initializers) == set(model.graph.initializers)
+    assert len(located.graph.inputs) == 1
 
 
 def test_a_layer_that_is_called_twice_is_one_site(builder, w):

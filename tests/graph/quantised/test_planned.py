@@ -191,3 +191,32 @@ def test_scales_along_the_inputs_take_any_factor(sources, quantised, layer_of, i
     scales.const_value, scales.shape = ir.tensor(np.ones(48), name=scales.name), ir.Shape([48])
     (edit,) = make_plan(model, adapter).edits
     assert edit.placement == SIDE_OP and "one scale for 192 features" in edit.reason
+
+
+#: kind → where a factor on every output of a layer, its bias included, goes
+OUTPUT_SCALES = {
+    "dynamic-tensor": (OWN_WEIGHT, INTO_SCALES),
+    "dynamic-channel": (OWN_WEIGHT, INTO_SCALES),
+    "int4-symmetric": (OWN_WEIGHT, INTO_SCALES),
+    "int4-qdq-asymmetric": (OWN_WEIGHT, INTO_SCALES),
+    "qdq-tensor": (SIDE_OP, "weight is quantised with one scale for 144 features, the factor differs among them"),
+    "qdq-channel": (SIDE_OP, "bias is quantised"),
+    "qoperator-tensor": (SIDE_OP, OWN["qoperator"]),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUT_SCALES)
+def test_an_output_scale_goes_into_the_scales_of_the_rows(kind, sources, quantised, integers):
+    """IA3 of the output kind: exact where W has a scale for each output, or one that can become many."""
+    source, base = sources("gpt2"), quantised("gpt2", kind)
+    rng = np.random.default_rng(0)
+    drawn = {site: (0.2 * rng.standard_normal(d)).astype(np.float32) for site, (_, d) in source.sites.items()}
+    adapter = Adapter("ia3", {site: Edit(output_scale=scale) for site, scale in drawn.items()})
+    plan = make_plan(base.model, adapter)
+    first = plan.edits[0]
+    assert (first.placement, first.reason) == OUTPUT_SCALES[kind]
+    assert integers(base.model).items() <= integers(apply_adapter(base.model, adapter, plan)).items()
+    beside = source.answer(apply_adapter(base.wide, adapter, make_plan(base.wide, adapter, placement="side-op")))
+    found = source.answer(apply_adapter(base.wide, adapter, plan))
+    assert np.linalg.norm(found - beside) <= 1e-12 * np.linalg.norm(beside)
+    assert np.linalg.norm(beside - base.answer) > 1e-2 * np.linalg.norm(beside)
