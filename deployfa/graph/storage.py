@@ -12,6 +12,8 @@ from deployfa.errors import DeployfaError, InputError
 __all__ = ["GRAPH", "load_graph", "save_graph"]
 
 GRAPH = "model.onnx"
+#: Shape inference reads small integers (the sizes of a Split) and does not find them in the external file.
+_INSIDE_BYTES = 1024
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -75,7 +77,7 @@ def save_graph(model: ir.Model, folder: Path) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; ``model`` is not changed."""
     path = folder / GRAPH
     try:
-        ir.save(model, path, external_data=f"{GRAPH}.data")
+        ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
     except Exception as error:
         # a large weight is folded as it is written; what is wrong with it arrives wrapped by onnx_ir
         cause: BaseException | None = error
