@@ -37,6 +37,11 @@ class Nodes:
         self._anchor = after or source.producer()
         self._place = "input" if after is None else "output"
 
+    @property
+    def path(self) -> str:
+        """The site's."""
+        return self._site.path
+
     def per_channel(self, vector: Array) -> Array:
         """A vector in the shape that broadcasts over the op's input: (k,), or (k, 1, …) for a convolution."""
         spatial = len(self._use.weight.shape) - 2 if self._use.convolves else 0
@@ -53,10 +58,14 @@ class Nodes:
         self._insert(node, [like])
         return node.outputs[0]
 
-    def split(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        """``value`` cut along its last axis."""
+    def integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
+        """A constant shape, or axes."""
+        return add_initializer(self._graph, f"{self.path}/{name}", np.array(numbers, np.int64))
+
+    def split(self, value: ir.Value, sizes: Sequence[int], *, axis: int = -1) -> list[ir.Value]:
+        """``value`` cut along ``axis``."""
         equal = len(set(sizes)) == 1
-        attributes: dict[str, object] = {"axis": -1}
+        attributes: dict[str, object] = {"axis": axis}
         operands = [value]
         if not equal:
             lengths = np.asarray(sizes, dtype=np.int64)

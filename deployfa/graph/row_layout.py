@@ -1,0 +1,163 @@
+"""Decide what a row must hold so that every one of some adapters fits it, and say what cannot ride in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from deployfa.adapter import Adapter
+from deployfa.edits import Array, Edit
+from deployfa.errors import InputError, PlanError, SiteError
+from deployfa.graph.sites import Site, find_sites
+from deployfa.tables import Head, Layout, LowRanks, Segment, Vectors
+from deployfa.tables.layout import VectorPart
+
+__all__ = ["base_heads", "make_layout"]
+
+_PARTS: tuple[VectorPart, ...] = ("lambda", "delta", "out_lambda")
+_PICKS = {"Cast", "Gather", "GatherND", "Identity", "Slice", "Squeeze", "Unsqueeze"}
+
+
+def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: int = 0, max_labels: int = 0) -> Layout:
+    """The smallest layout that every adapter fits, in the order in which the graph runs the sites.
+
+    ``max_rank`` and ``max_labels`` leave room for adapters that are added later.  Raises ``SiteError`` for a site or
+    module that the graph lacks, ``EditError`` for an edit that does not fit its site, and ``PlanError``, with the
+    reason, for one that cannot differ from row to row.
+    """
+    if not adapters:
+        raise InputError("no adapters to pack; name at least one")
+    sites = find_sites(model)
+    heads: dict[str, int] = {}
+    for name, adapter in adapters.items():
+        for path, labels in _heads_of(adapter, sites, name).items():
+            room = max_labels if _answers(sites[path]) else 0
+            heads[path] = max(heads.get(path, sites[path].out_features), labels, room)
+    ranks: dict[tuple[str, bool], int] = {}
+    parts: set[tuple[str, str]] = set()
+    for name, adapter in adapters.items():
+        missing = sorted(set(adapter.edits) - set(sites))
+        if missing:
+            raise SiteError(f"adapter '{name}': {SiteError.unknown(missing, sites)}")
+        for path, edit in adapter.edits.items():
+            site = sites[path]
+            edit.check(path, site.in_features, site.out_features, site.kernel)
+            if path in heads:
+                continue
+            _check(site, edit)
+            parts |= {(path, part) for part in _PARTS if part in edit.tensors()}
+            for after, low in ((False, edit.input_low_rank), (True, edit.output_low_rank)):
+                if low is not None:
+                    ranks[path, after] = max(ranks.get((path, after), max_rank), low.rank)
+    return Layout(
+        fingerprints=sorted({adapter.base.fingerprint for adapter in adapters.values() if adapter.base.fingerprint}),
+        vectors=[vectors for part in _PARTS if (vectors := _vectors(part, parts, sites)).segments],
+        low_ranks=[*_low_ranks(sites, ranks, after=False), *_low_ranks(sites, ranks, after=True)],
+        heads=[
+            Head(site=path, in_features=site.in_features, out_features=heads[path])
+            for path, site in sites.items()
+            if path in heads
+        ],
+    )
+
+
+def base_heads(model: ir.Model, layout: Layout) -> dict[str, tuple[Array, Array | None]]:
+    """The base's own weight (d, k) and bias (d,) of every head: what row 0 answers with."""
+    sites = find_sites(model)
+    found: dict[str, tuple[Array, Array | None]] = {}
+    for head in layout.heads:
+        site = sites[head.site]
+        weight, bias = site.constant_weight(), site.uses[0].bias
+        assert weight is not None  # _heads_of refuses any other
+        found[head.site] = weight, None if bias is None else bias.numbers().reshape(-1)
+    return found
+
+
+def _vectors(part: VectorPart, wanted: set[tuple[str, str]], sites: Mapping[str, Site]) -> Vectors:
+    segments: list[Segment] = []
+    at = 0
+    for path, site in sites.items():
+        if (path, part) in wanted:
+            size = site.out_features if part == "out_lambda" else site.in_features
+            segments.append(Segment(site=path, start=at, stop=at + size))
+            at += size
+    return Vectors(part=part, segments=segments)
+
+
+def _low_ranks(sites: Mapping[str, Site], ranks: Mapping[tuple[str, bool], int], *, after: bool) -> list[LowRanks]:
+    """Sites that read the same tensors share one A, so that x is read once for all of them."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for path, site in sites.items():
+        if (path, after) in ranks:
+            groups.setdefault(tuple(id(use.input) for use in site.uses), []).append(path)
+    return [
+        LowRanks(
+            where="output" if after else "input",
+            sites=members,
+            in_features=sites[members[0]].in_features,
+            rank=max(ranks[member, after] for member in members),
+            widths=[sites[m].out_features if after else sites[m].in_features for m in members],
+        )
+        for members in groups.values()
+    ]
+
+
+def _heads_of(adapter: Adapter, sites: Mapping[str, Site], name: str) -> dict[str, int]:
+    """The layers of the replaced modules → how many outputs each has in this adapter."""
+    found: dict[str, int] = {}
+    for module, parameters in adapter.modules.items():
+        for full, array in ((f"{module}.{each}", array) for each, array in parameters.items()):
+            path, _, parameter = full.rpartition(".")
+            site = sites.get(path)
+            if site is None or site.convolves or site.experts or parameter not in {"weight", "bias"}:
+                raise PlanError(
+                    f"adapter '{name}' replaces '{full}', which is no parameter of a dense layer; only those can "
+                    "differ from row to row: export it as a bundle of its own"
+                )
+            if not site.weight.is_constant or len(site.uses) != 1:
+                raise PlanError(f"adapter '{name}' replaces '{path}', which the graph computes or runs twice")
+            if array.shape[:1] != (site.out_features,) and not _answers(site):
+                raise PlanError(
+                    f"adapter '{name}': '{path}' has {array.shape[0]} outputs, the base's has {site.out_features}, and "
+                    "other layers read them; only the last layer of a head may differ in size"
+                )
+            found[path] = int(array.shape[0])
+    return found
+
+
+def _answers(site: Site) -> bool:
+    """Whether what the layer makes is only picked from on its way to the graph's output, whatever its size."""
+    waiting, seen = [site.uses[0].output], False
+    while waiting:
+        value = waiting.pop()
+        seen = seen or value.is_graph_output()
+        for node, index in value.uses():
+            if index != 0 or node.op_type not in _PICKS:
+                return False
+            waiting.extend(node.outputs)
+    return seen
+
+
+def _check(site: Site, edit: Edit) -> None:
+    """What a row of a batch cannot have for itself."""
+    path = site.path
+    if site.experts:
+        raise PlanError(f"site '{path}' holds many experts, whose rows are not the batch's; export a bundle for each")
+    if any(use.integer or use.dynamic is not None for use in site.uses):
+        raise PlanError(f"site '{path}' is quantised; pack adapters of a floating-point base")
+    if site.weight.dtype != ir.DataType.FLOAT:
+        raise PlanError(f"site '{path}' is {site.weight.dtype}; tables are float32 on a float32 base")
+    if edit.delta is not None and any(use.pads_first for use in site.uses):
+        raise PlanError(f"site '{path}': its module pads with zeros, which δ must not reach; train without δ")
+    if edit.output_low_rank is not None and site.convolves and not _pointwise(site):
+        raise PlanError(
+            f"site '{path}': LoRA of a convolution with a kernel cannot differ from row to row; export a bundle for it"
+        )
+
+
+def _pointwise(site: Site) -> bool:
+    node = site.uses[0].node
+    strides, pads = node.attributes.get_ints("strides", []), node.attributes.get_ints("pads", [])
+    plain = set(strides) <= {1} and not any(pads)
+    return site.layout == "conv" and set(site.kernel) == {1} and plain and site.groups == 1
