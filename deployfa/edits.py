@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from deployfa.errors import EditError
 
-__all__ = ["Array", "Edit", "LowRank", "apply_input", "fold_conv", "fold_matrix"]
+__all__ = ["Array", "Edit", "Float64", "LowRank", "apply_input", "fold_conv", "fold_matrix"]
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from deployfa.atomic import write_file
-from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest
+from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest, Tables
 from deployfa.bundle.patch import Patch, check_patch, read_patch
 from deployfa.edits import Array
 from deployfa.errors import BundleError
@@ -60,13 +60,21 @@ class Bundle:
     def _check_names(self) -> None:
         """What is read must be among the files whose sha256 the manifest vouches for."""
         manifest = self.manifest
-        needed = (manifest.graph.file, manifest.reference.file, self.adapter.name)
+        needed = [manifest.graph.file, manifest.reference.file]
+        if manifest.tables is None:
+            needed.append(self.adapter.name)
+        elif manifest.tables.inputs:
+            needed.append(manifest.tables.file or "")
+        if manifest.slots is not None:
+            needed.append(manifest.slots.file)
         optional = (f"{manifest.graph.file}.data", *TOKENIZER_FILES)
         for name in (*needed, *(name for name in optional if (self.path / name).exists())):
             if name not in manifest.files:
                 raise BundleError(f"'{self.path}': the manifest vouches for no '{name}'; export the bundle again")
         if len(set(manifest.labels)) != len(manifest.labels):
             raise BundleError(f"'{self.path}' names a label twice; export the bundle again")
+        if manifest.tables is not None:
+            _check_rows(self.path, manifest.tables)
         if manifest.preprocessing.max_length < 1:
             raise BundleError(f"'{self.path}' has max_length {manifest.preprocessing.max_length}; export it again")
 
@@ -115,6 +123,16 @@ class Bundle:
             changes["bench"] = bench
         self.manifest = msgspec.structs.replace(self.manifest, **changes)
         write_manifest(self.path, self.manifest)
+
+
+def _check_rows(path: Path, tables: Tables) -> None:
+    """Names and rows tell adapters apart: two of one name would be two tenants of one answer."""
+    names = [adapter.name for adapter in tables.adapters]
+    if len(set(names)) != len(names) or [adapter.row for adapter in tables.adapters] != list(range(len(names))):
+        raise BundleError(f"'{path}' names an adapter twice, or rows out of order; pack it again")
+    for adapter in tables.adapters:
+        if len(set(adapter.labels)) != len(adapter.labels):
+            raise BundleError(f"'{path}': adapter '{adapter.name}' names a label twice; pack it again")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

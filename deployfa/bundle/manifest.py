@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from deployfa.adapter import BaseReference
+from deployfa.tables import Layout
 
 __all__ = [
     "FORMAT",
@@ -17,8 +18,11 @@ __all__ = [
     "GraphSummary",
     "Manifest",
     "Optimization",
+    "PackedAdapter",
     "Preprocessing",
     "Reference",
+    "Slots",
+    "Tables",
     "Tensor",
 ]
 
@@ -100,11 +104,47 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     noise_max_abs: float
 
 
+class PackedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of a bundle's tables; row 0, called ``base``, is the base model."""
+
+    name: str
+    row: int
+    method: str
+    parameters: int
+    labels: list[str]
+
+
+class Tables(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle whose every row of a batch runs its own adapter.
+
+    ``inputs``: whether the tables are graph inputs, to be bound from ``file``, or constants of the graph.
+    """
+
+    layout: Layout
+    adapters: list[PackedAdapter]
+    inputs: bool
+    file: str | None = None
+
+
+class Slots(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle whose adapter is a set of inputs with defaults: without one it is the base.
+
+    ``file``: the adapter it was exported with as an ``.onnx_adapter``; ``idle_branch``: whether the base graph lies in
+    it as a branch of its own, which runs while no adapter is active.  ``labels``: of the base, when idle.
+    """
+
+    layout: Layout
+    file: str
+    idle_branch: bool
+    labels: list[str]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Format version, fingerprints, plan, signature, versions, sha256 of every file, and the summaries once run.
 
     ``fusions``: fused operator (see ``deployfa.runtimes.fused_operators``) → how many before and after the adapter,
     both graphs fused as ``optimization.chosen`` says; ``None`` in a bundle of an older deployfa.
+    ``tables``: the adapters of a pack, ``slots``: the inputs that one adapter fills.
     """
 
     format: str
@@ -121,5 +161,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     files: dict[str, str]
     warnings: list[str] = []
+    tables: Tables | None = None
+    slots: Slots | None = None
     parity: dict[str, Any] | None = None
     bench: dict[str, Any] | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from deployfa.adapter import Adapter
@@ -13,7 +15,7 @@ from deployfa.graph.sites import Site, find_sites
 from deployfa.tables import Head, Layout, LowRanks, Segment, Vectors
 from deployfa.tables.layout import VectorPart
 
-__all__ = ["base_heads", "make_layout"]
+__all__ = ["base_heads", "base_weights", "make_layout"]
 
 _PARTS: tuple[VectorPart, ...] = ("lambda", "delta", "out_lambda")
 _PICKS = {"Cast", "Gather", "GatherND", "Identity", "Slice", "Squeeze", "Unsqueeze"}
@@ -34,26 +36,28 @@ def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: i
         for path, labels in _heads_of(adapter, sites, name).items():
             room = max_labels if _answers(sites[path]) else 0
             heads[path] = max(heads.get(path, sites[path].out_features), labels, room)
-    ranks: dict[tuple[str, bool], int] = {}
+    ranks: dict[str, int] = {}
+    after: set[str] = set()
     parts: set[tuple[str, str]] = set()
     for name, adapter in adapters.items():
         missing = sorted(set(adapter.edits) - set(sites))
         if missing:
             raise SiteError(f"adapter '{name}': {SiteError.unknown(missing, sites)}")
         for path, edit in adapter.edits.items():
-            site = sites[path]
-            edit.check(path, site.in_features, site.out_features, site.kernel)
+            edit.check(path, sites[path].in_features, sites[path].out_features, sites[path].kernel)
             if path in heads:
                 continue
-            _check(site, edit)
+            _check(sites[path], edit)
             parts |= {(path, part) for part in _PARTS if part in edit.tensors()}
-            for after, low in ((False, edit.input_low_rank), (True, edit.output_low_rank)):
-                if low is not None:
-                    ranks[path, after] = max(ranks.get((path, after), max_rank), low.rank)
+            lows = [low for low in (edit.input_low_rank, edit.output_low_rank) if low is not None]
+            if lows:
+                ranks[path] = max(ranks.get(path, max_rank), sum(low.rank for low in lows))
+            if edit.output_low_rank is not None or _better_after(sites[path]):
+                after.add(path)
     return Layout(
         fingerprints=sorted({adapter.base.fingerprint for adapter in adapters.values() if adapter.base.fingerprint}),
         vectors=[vectors for part in _PARTS if (vectors := _vectors(part, parts, sites)).segments],
-        low_ranks=[*_low_ranks(sites, ranks, after=False), *_low_ranks(sites, ranks, after=True)],
+        low_ranks=_low_ranks(sites, ranks, after),
         heads=[
             Head(site=path, in_features=site.in_features, out_features=heads[path])
             for path, site in sites.items()
@@ -74,6 +78,23 @@ def base_heads(model: ir.Model, layout: Layout) -> dict[str, tuple[Array, Array 
     return found
 
 
+def base_weights(model: ir.Model, layout: Layout) -> dict[str, Callable[[], Array]]:
+    """W (d, k), Gemm's alpha in it, of every site whose low rank is added to the output: what makes a LoRA of a LoRFA.
+
+    Read when called.
+    """
+    sites = find_sites(model)
+    paths = [path for low in layout.low_ranks if low.where == "output" for path in low.sites]
+    return {path: partial(_weight, sites[path]) for path in paths if sites[path].weight.is_constant}
+
+
+def _weight(site: Site) -> Array:
+    weight = site.constant_weight()
+    assert weight is not None  # base_weights asks for stored ones only
+    single: Array = site.uses[0].alpha * weight.astype(np.float64).reshape(weight.shape[:2])
+    return single
+
+
 def _vectors(part: VectorPart, wanted: set[tuple[str, str]], sites: Mapping[str, Site]) -> Vectors:
     segments: list[Segment] = []
     at = 0
@@ -85,22 +106,28 @@ def _vectors(part: VectorPart, wanted: set[tuple[str, str]], sites: Mapping[str,
     return Vectors(part=part, segments=segments)
 
 
-def _low_ranks(sites: Mapping[str, Site], ranks: Mapping[tuple[str, bool], int], *, after: bool) -> list[LowRanks]:
+def _low_ranks(sites: Mapping[str, Site], ranks: Mapping[str, int], after: Collection[str]) -> list[LowRanks]:
     """Sites that read the same tensors share one A, so that x is read once for all of them."""
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[int | bool, ...], list[str]] = {}
     for path, site in sites.items():
-        if (path, after) in ranks:
-            groups.setdefault(tuple(id(use.input) for use in site.uses), []).append(path)
+        if path in ranks:
+            groups.setdefault((path in after, *(id(use.input) for use in site.uses)), []).append(path)
     return [
         LowRanks(
-            where="output" if after else "input",
+            where="output" if members[0] in after else "input",
             sites=members,
             in_features=sites[members[0]].in_features,
-            rank=max(ranks[member, after] for member in members),
-            widths=[sites[m].out_features if after else sites[m].in_features for m in members],
+            rank=max(ranks[member] for member in members),
+            widths=[sites[m].out_features if m in after else sites[m].in_features for m in members],
         )
         for members in groups.values()
     ]
+
+
+def _better_after(site: Site) -> bool:
+    """Whether a LoRFA costs less as the LoRA that it equals, ``s (W B) (A x)``: d products instead of k; of equals this
+    one, because queries, keys and values that still read one tensor are one product."""
+    return not site.convolves and site.weight.is_constant and site.out_features <= site.in_features
 
 
 def _heads_of(adapter: Adapter, sites: Mapping[str, Site], name: str) -> dict[str, int]:

@@ -30,7 +30,8 @@ class OnnxRuntimeRunner:
     one operator, ``None`` for ONNX Runtime's choice (one a physical core).  spinning: whether idle threads keep
     polling, which answers sooner and burns a core.  optimize: ``False`` runs the graph exactly as it is written.
     initializers: values that take the place of the graph's own, by name, before anything is optimised (see
-    ``deployfa.runtimes.initializers``); the graph must be a path.
+    ``deployfa.runtimes.initializers``); the graph must be a path.  bound: inputs that every run gets the same arrays
+    for (tables of adapters), which stay where they are and are not among ``inputs``; ``bind`` changes them.
 
     Raises ``InputError`` when there is no such file, ``MissingExtraError`` without onnxruntime, and
     ``RuntimeTargetError`` when the graph does not load or the session did not get its provider.
@@ -45,6 +46,7 @@ class OnnxRuntimeRunner:
         spinning: bool = True,
         optimize: bool = True,
         initializers: Mapping[str, Array] | None = None,
+        bound: Mapping[str, Array] | None = None,
     ) -> None:
         ort = _import_onnxruntime()
         available = ort.get_available_providers()
@@ -78,9 +80,13 @@ class OnnxRuntimeRunner:
         session.disable_fallback()
         self.session = session
         self.provider = provider
-        self._inputs = tuple(_spec(node) for node in session.get_inputs())
+        self._all_inputs = tuple(_spec(node) for node in session.get_inputs())
         self._outputs = tuple(_spec(node) for node in session.get_outputs())
         self._slots = tuple(_spec(node) for node in session.get_overridable_initializers())
+        self._bound: dict[str, Any] = {}
+        self._inputs = self._all_inputs
+        if bound:
+            self.bind(bound)
         known = (*self._inputs, *self._outputs, *self._slots)
         self._has_bfloat16 = any(spec.dtype == "bfloat16" for spec in known)
 
@@ -98,16 +104,33 @@ class OnnxRuntimeRunner:
         """What ``run`` may be fed besides: graph inputs with a default."""
         return self._slots
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def bind(self, arrays: Mapping[str, Array]) -> None:
+        """From now on every run gets ``arrays`` for these inputs; they are not copied and must not change in shape.
+
+        Takes microseconds, whatever their size.  Raises ``RuntimeTargetError`` for a name that is no input, and for an
+        array that does not fit it.
+        """
+        self._bound = self.values(arrays)
+        self._inputs = tuple(spec for spec in self._all_inputs if spec.name not in arrays)
+
+    def values(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """``arrays`` as ONNX Runtime's own values on the same memory, checked against the inputs of their names."""
+        ort = _import_onnxruntime()
+        check_feeds(arrays, (), optional=(*self._all_inputs, *self._slots))
+        return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+    def run(self, feeds: Mapping[str, Array], bound: Mapping[str, Any] | None = None) -> dict[str, Array]:
         """One inference: every input, and any slots, by name → every output by name.
 
-        Raises ``RuntimeTargetError`` on a missing, extra or misshapen feed before the runtime is touched, and with the
+        ``bound``, made by ``values``, takes the place of what is bound, for this run only.  Raises
+        ``RuntimeTargetError`` on a missing, extra or misshapen feed before the runtime is touched, and with the
         runtime's own words when the run itself fails.
         """
         check_feeds(feeds, self._inputs, optional=self._slots)
+        held = self._bound if bound is None else bound
         try:
-            if self._has_bfloat16:
-                return self._run_values(feeds)
+            if self._has_bfloat16 or held:
+                return self._run_values(feeds, held)
             results = self.session.run(None, dict(feeds))
         except Exception as error:
             raise RuntimeTargetError(
@@ -115,10 +138,11 @@ class OnnxRuntimeRunner:
             ) from error
         return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
 
-    def _run_values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The way for bfloat16, which numpy does not know: its bits travel as uint16 and are given their type here."""
+    def _run_values(self, feeds: Mapping[str, Array], held: Mapping[str, Any]) -> dict[str, Array]:
+        """The way for what is bound, and for bfloat16, which numpy does not know: its bits travel as uint16 and are
+        given their type here."""
         ort = _import_onnxruntime()
-        values = {}
+        values = dict(held)
         for name, array in feeds.items():
             if array.dtype.name == "bfloat16":
                 bits = np.ascontiguousarray(array).view(np.uint16)

@@ -7,7 +7,7 @@ One adapter is one *row*: a few tensors of fixed shapes.  A slot holds one row, 
     adapter/out_lambda    (D,)        λ' of the outputs
     adapter/SITE/A        (k, R)      all A's of the sites that read one input, side by side, transposed
     adapter/SITE/B        (r, k)      s Bᵀ, LoRFA's; 0 is the identity
-    adapter/SITE/out_A, …/out_B       the same for LoRA, B: (r, d)
+    adapter/SITE/out_A, …/out_B       the same for LoRA, B: (r, d); a LoRFA is put here too where that is cheaper
     adapter/SITE/weight   (k, d)      a whole layer (a classifier), and …/bias (d,); no identity: the base's own numbers
 
 Vectors lie together because one Gather for all of them costs less than one a site, and a strength is one product.
@@ -120,14 +120,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return 4 * sum(math.prod(shape) for shape in self.shapes().values())
 
     def sites(self) -> dict[str, set[str]]:
-        """Site → the parts that a row has for it, by the names of ``Edit.tensors`` (``A`` stands for A, B and s)."""
+        """Site → the parts that a row has for it, by the names of ``Edit.tensors`` (``A`` stands for any low rank)."""
         found: dict[str, set[str]] = {}
         for vectors in self.vectors:
             for segment in vectors.segments:
                 found.setdefault(segment.site, set()).add(vectors.part)
         for low in self.low_ranks:
             for site in low.sites:
-                found.setdefault(site, set()).add("A" if low.where == "input" else "out_A")
+                found.setdefault(site, set()).add("A")
         for head in self.heads:
             found.setdefault(head.site, set()).add("weight")
         return found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from deployfa.adapter import Adapter
-from deployfa.edits import Array, Edit, LowRank, fold_matrix
+from deployfa.edits import Array, Edit, Float64, fold_matrix
 from deployfa.errors import BaseMismatchError, EditError, SiteError
 from deployfa.tables.layout import Head, Layout, LowRanks, Vectors
 
 __all__ = ["base_row", "check_fingerprint", "row_of"]
+
+#: LoRFA's and LoRA's, which a layout has one place for.
+_LOW_RANK = {"A", "B", "s", "out_A", "out_B", "out_s"}
 
 
 def base_row(layout: Layout, heads: Mapping[str, tuple[Array, Array | None]]) -> dict[str, Array]:
@@ -27,11 +30,17 @@ def base_row(layout: Layout, heads: Mapping[str, tuple[Array, Array | None]]) ->
 
 
 def row_of(
-    adapter: Adapter, layout: Layout, base: Mapping[str, Array], *, allow_mismatch: bool = False
+    adapter: Adapter,
+    layout: Layout,
+    base: Mapping[str, Array],
+    *,
+    weights: Mapping[str, Callable[[], Array]] | None = None,
+    allow_mismatch: bool = False,
 ) -> dict[str, Array]:
     """``adapter`` as one row: tensor → array, float32, computed in float64 and rounded once.
 
-    base: the base's row, whose heads stay where the adapter brings none.  An edit of a head is folded into it.  Raises
+    base: the base's row, whose heads stay where the adapter brings none.  An edit of a head is folded into it.
+    weights: site → W (d, k), which a LoRFA needs where the layout adds low ranks to the output.  Raises
     ``BaseMismatchError`` on another base, ``SiteError`` for a site or part that the layout has no place for, and
     ``EditError`` on values that are not finite or do not fit, a rank or a number of labels beyond the room included.
     """
@@ -43,7 +52,7 @@ def row_of(
     for vectors in layout.vectors:
         _write_vectors(row, vectors, edits)
     for low in layout.low_ranks:
-        _write_low_ranks(row, low, edits)
+        _write_low_ranks(row, low, edits, weights or {})
     given = _modules_by_site(adapter, heads)
     for site, head in heads.items():
         weight, bias = given.get(site) or _head_of(base, head)
@@ -81,7 +90,7 @@ def _check_places(edits: Mapping[str, Edit], layout: Layout) -> None:
         raise SiteError.unknown(missing, places)
     for site, edit in edits.items():
         for name in sorted(edit.tensors()):
-            part = {"B": "A", "s": "A", "out_B": "out_A", "out_s": "out_A"}.get(name, name)
+            part = "A" if name in _LOW_RANK else name
             if part not in places[site]:
                 has = ", ".join(sorted(places[site]))
                 raise SiteError(
@@ -103,29 +112,60 @@ def _write_vectors(row: dict[str, Array], vectors: Vectors, edits: Mapping[str, 
         row[vectors.name][segment.start : segment.stop] = _single(value.astype(np.float64), segment.site, vectors.part)
 
 
-def _write_low_ranks(row: dict[str, Array], low: LowRanks, edits: Mapping[str, Edit]) -> None:
+def _write_low_ranks(
+    row: dict[str, Array], low: LowRanks, edits: Mapping[str, Edit], weights: Mapping[str, Callable[[], Array]]
+) -> None:
     for number, (site, width) in enumerate(zip(low.sites, low.widths, strict=True)):
         edit = edits.get(site)
-        part: LowRank | None = None
-        if edit is not None:
-            part = edit.input_low_rank if low.where == "input" else edit.output_low_rank
-        if part is None:
+        parts = [] if edit is None else _as_placed(site, edit, low, weights)
+        if not parts:
             continue
-        a, b = part.a.astype(np.float64), part.s * part.b.astype(np.float64)
-        if a.shape[1:] != (low.in_features,) or b.shape != (width, a.shape[0]):
-            raise EditError(
-                f"site '{site}': A {a.shape} and B {b.shape} do not fit {low.in_features} → {width} features; the "
-                "adapter belongs to another base model"
-            )
-        rank = a.shape[0]
+        for a, b in parts:
+            if a.shape[1:] != (low.in_features,) or b.shape != (width, a.shape[0]):
+                raise EditError(
+                    f"site '{site}': A {a.shape} and B {b.shape} do not fit {low.in_features} → {width} features; the "
+                    "adapter belongs to another base model"
+                )
+        rank = sum(len(a) for a, _ in parts)
         if rank > low.rank:
             raise EditError(
                 f"site '{site}': the adapter has rank {rank}, the table has room for {low.rank}; pack again with "
                 f"--max-rank {rank}"
             )
         start = number * low.rank
-        row[low.a_name][:, start : start + rank] = _single(a.T, site, "A")
-        row[low.b_name(site)][:rank] = _single(b.T, site, "B")
+        row[low.a_name][:, start : start + rank] = _single(np.concatenate([a for a, _ in parts]).T, site, "A")
+        row[low.b_name(site)][:rank] = _single(np.concatenate([b for _, b in parts], axis=1).T, site, "B")
+
+
+def _as_placed(
+    site: str, edit: Edit, low: LowRanks, weights: Mapping[str, Callable[[], Array]]
+) -> list[tuple[Float64, Float64]]:
+    """(A, s B) of every low rank of ``edit``, float64, as it is added where the layout adds it.
+
+    A LoRFA beside the output is the LoRA ``A' = A``, ``B' = W B``; a LoRA has no form on the input.
+    """
+    parts: list[tuple[Float64, Float64]] = []
+    for part, where in ((edit.input_low_rank, "input"), (edit.output_low_rank, "output")):
+        if part is None:
+            continue
+        a, b = part.a.astype(np.float64), part.s * part.b.astype(np.float64)
+        a = a.reshape(a.shape[:2]) if a.size == a.shape[0] * a.shape[1] else a
+        if where == "output" and low.where == "input":
+            raise SiteError(
+                f"site '{site}' has no place for a LoRA here, only for a LoRFA; pack again with this adapter"
+            )
+        if where == "input" and low.where == "output":
+            if site not in weights:
+                raise EditError(
+                    f"site '{site}' takes a LoRFA as the LoRA that equals it, which needs the base's weights; make it "
+                    "with: deployfa convert ADAPTER --to lora"
+                )
+            w = weights[site]().astype(np.float64)
+            if w.shape[1:] != b.shape[:1]:
+                raise EditError(f"site '{site}': B {b.shape} does not fit a layer of {w.shape[1]} inputs")
+            b = w @ b
+        parts.append((a, b))
+    return parts
 
 
 def _modules_by_site(adapter: Adapter, heads: Mapping[str, Head]) -> dict[str, tuple[Array, Array | None]]:
