@@ -12,11 +12,13 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from deployfa.adapter import Adapter
 from deployfa.edits import Array
 from deployfa.errors import BaseMismatchError, EditError, InputError, SiteError
 from deployfa.tables.checks import BASE, check_base, check_layout, check_name
+from deployfa.tables.fleet import Fleet, write_fleet
 from deployfa.tables.history import History, Member, Version
 from deployfa.tables.layout import Layout
 from deployfa.tables.lease import Lease, unknown_name
@@ -70,6 +72,29 @@ class AdapterTable:
         self._history = History(self._memory.rows, Member(name=BASE, method=BASE, labels=self._base_labels))
         # one change at a time; whoever changes the table in the midst of add_many's own iterable may do so
         self._changing = threading.RLock()
+
+    @classmethod
+    def from_fleet(cls, fleet: Fleet, *, max_adapters: int | None = None) -> AdapterTable:
+        """All adapters of ``fleet`` under their names; the file is read once, and not needed any more.
+
+        Raises ``AdapterFormatError`` if it holds a number that is not finite or a base that is none, and
+        ``InputError`` if it was changed since it was opened or has more than ``max_adapters``.
+        """
+        others = len(fleet) - 1
+        if max_adapters is not None and others > max_adapters:
+            raise InputError(
+                f"'{fleet.path}' has {others} adapters, max_adapters is {max_adapters}; pass {others} or more"
+            )
+        base, labels = fleet.base(), fleet.members[0].labels
+        table = cls(fleet.layout, base, labels=labels, max_adapters=max_adapters)
+        if table.max_adapters < others:
+            table = cls(fleet.layout, base, labels=labels, max_adapters=others)
+        versions = [Version(member, table._history.take()) for member in fleet.members[1:]]
+        for name in base:
+            # a new table's rows are taken one after the other
+            fleet.read_into(name, table._memory.rows_of(name, 1, len(fleet)), first=1)
+        table._history.add(versions)
+        return table
 
     @property
     def layout(self) -> Layout:
@@ -146,6 +171,16 @@ class AdapterTable:
         """The table as it is now, for one inference; close it after that, see ``Lease``."""
         epoch, rows = self._history.open()
         return Lease(self._history, epoch, self._memory.views(rows), self._clear)
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the table as it is now into one file, see ``open_fleet``; whole or not at all, and without free rows.
+
+        Raises ``OutputExistsError`` unless ``force``.
+        """
+        with self.snapshot() as lease:
+            arrays, versions = lease.arrays, lease.versions()
+            rows = ({name: array[version.row] for name, array in arrays.items()} for version in versions)
+            write_fleet(Path(path), self._layout, [version.member for version in versions], rows, force=force)
 
     def names(self) -> list[str]:
         """All names, the base's first, then in the order in which they were added."""
