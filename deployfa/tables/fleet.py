@@ -97,7 +97,7 @@ class Fleet:
             file.seek(self.starts[name] + first * out[0].nbytes)
             for start in range(0, len(out), step):
                 block = out[start : start + step]
-                if file.readinto(memoryview(block).cast("B")) != block.nbytes:
+                if file.readinto(block.data.cast("B")) != block.nbytes:
                     raise self._changed()
                 bad = bad_row(block, padded=masked)
                 if bad is not None:
@@ -182,7 +182,7 @@ def _write_rows(
         if held == step or number + 1 == len(members):
             for name, array in block.items():
                 file.seek(begin + starts[name] + done * array[0].nbytes)
-                file.write(memoryview(array[:held]).cast("B"))
+                file.write(array[:held].data.cast("B"))
             done, held = done + held, 0
     if done < len(members):
         raise InputError(f"there are {done + held} rows for {len(members)} members; pass one row for each member")

@@ -12,7 +12,7 @@ from deployfa.tables import Head, Layout, LowRanks, Segment, Vectors
 
 FINGERPRINT = "sha256:" + "0123456789ab" * 4
 HEAD = "classifier"
-#: site → (in_features, out_features); no two sizes are the same, so that a mixed-up axis cannot hide
+#: site → (in_features, out_features); q and k read one input; no layer is square, so that a mixed-up axis cannot hide
 SITES = {"q": (5, 7), "k": (5, 6), "up": (8, 3)}
 BASE_LABELS = ("no", "yes")
 ROOM = 4
