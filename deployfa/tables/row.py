@@ -25,6 +25,7 @@ def base_row(layout: Layout, heads: Mapping[str, tuple[Array, Array | None]]) ->
     row = {name: np.zeros(shape, np.float32) for name, shape in layout.shapes().items()}
     for head in layout.heads:
         weight, bias = heads[head.site]
+        _check_head(head, weight, bias)
         _write_head(row, head, weight.astype(np.float64), None if bias is None else bias.astype(np.float64))
     return row
 
@@ -56,6 +57,8 @@ def row_of(
     given = _modules_by_site(adapter, heads)
     for site, head in heads.items():
         weight, bias = given.get(site) or _head_of(base, head)
+        # before the fold, which takes shapes that fit for granted
+        _check_head(head, weight, bias)
         if site in adapter.edits:
             edit = adapter.edits[site]
             edit.check(site, head.in_features, weight.shape[0])
@@ -195,19 +198,28 @@ def _head_of(base: Mapping[str, Array], head: Head) -> tuple[Array, Array | None
     return base[head.weight_name].astype(np.float64).T[kept], bias[kept]
 
 
-def _write_head(row: dict[str, Array], head: Head, weight: Array, bias: Array | None) -> None:
-    """(d, k) and (d,) → (k, room) and (room,); what is not there answers minus infinity, so that no softmax sees it."""
-    labels = weight.shape[0]
-    if weight.ndim != 2 or weight.shape[1] != head.in_features or (bias is not None and bias.shape != (labels,)):
+def _check_head(head: Head, weight: Array, bias: Array | None) -> None:
+    """Raise ``EditError`` unless weight is (d, k) and bias (d,), with 1 ≤ d ≤ the room."""
+    if weight.ndim != 2 or weight.shape[1] != head.in_features or not weight.shape[0]:
         raise EditError(
             f"module '{head.site}': weight has shape {weight.shape}, the layer has {head.in_features} inputs; the "
             "adapter belongs to another base model"
+        )
+    labels = weight.shape[0]
+    if bias is not None and bias.shape != (labels,):
+        raise EditError(
+            f"module '{head.site}': weight has shape {weight.shape} and bias {bias.shape}; the adapter file is damaged"
         )
     if labels > head.out_features:
         raise EditError(
             f"module '{head.site}': the adapter has {labels} labels, the table has room for {head.out_features}; pack "
             f"again with --max-labels {labels}"
         )
+
+
+def _write_head(row: dict[str, Array], head: Head, weight: Array, bias: Array | None) -> None:
+    """(d, k) and (d,) → (k, room) and (room,); what is not there answers minus infinity, so that no softmax sees it."""
+    labels = weight.shape[0]
     row[head.weight_name][:, :labels] = _single(weight.T, head.site, "weight")
     row[head.bias_name][:] = -np.inf
     row[head.bias_name][:labels] = 0.0 if bias is None else _single(bias, head.site, "bias")
