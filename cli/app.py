@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from deployfa.cli import apply, bench, convert, demo, export, fetch, inspect, merge, models, plan, run, train, verify
+from deployfa.cli import (
+    apply,
+    bench,
+    convert,
+    demo,
+    export,
+    fetch,
+    inspect,
+    merge,
+    models,
+    pack,
+    plan,
+    run,
+    train,
+    verify,
+)
 
 __all__ = ["app"]
 
@@ -40,6 +55,7 @@ for command in (
     plan.plan,
     export.export,
     apply.apply,
+    pack.pack,
     verify.verify,
     bench.bench,
     run.run,

@@ -18,6 +18,13 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)],
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be given several times.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="Of a pack: the adapter that answers; once for all texts, or one each."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="Of a pack's adapter: 0 is the base, 1 all of it.")
+    ] = None,
     patch: PatchOption = None,
     threads: Threads = None,
     json: Json = False,
@@ -25,6 +32,8 @@ def run(
     """Answer texts: label and score.  Needs tokenizers and onnxruntime only.
 
     Example: deployfa run vefa.bundle --text "A joy from start to finish."
+
+    A pack answers each text with its own adapter: deployfa run pack.bundle -t "A joy." -a movies -t "Broke." -a shop
 
     With an adapter's patch on a fleet's bundle: deployfa run fleet.bundle --patch vefa.patch --text "A joy."
     """
@@ -37,10 +46,14 @@ def run(
         texts += [row.text for row in read_rows(data, need_label=False)]
     if not texts:
         raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
-    answers = list(Predictor(Bundle.open(bundle, patch=patch), threads=threads).answer(texts))
+    predictor = Predictor(Bundle.open(bundle, patch=patch), threads=threads)
+    named = adapter if adapter is None or len(adapter) != 1 else adapter * len(texts)
+    answers = list(predictor.answer(texts, adapters=named or None, strength=strength))
     if json:
         print_json(RunReport(bundle=str(bundle), patch=str(patch) if patch is not None else None, answers=answers))
         return
+    longest = max(len(answer.adapter or "") for answer in answers)
     width = max(len(answer.label) for answer in answers)
     for answer in answers:
-        show(f"{answer.label:<{width}}  {answer.score:.3f}  {answer.text}")
+        whose = f"{answer.adapter:<{longest}}  " if answer.adapter is not None else ""
+        show(f"{whose}{answer.label:<{width}}  {answer.score:.3f}  {answer.text}")

@@ -15,7 +15,7 @@ from deployfa.errors import DeployfaError, MissingExtraError, RuntimeTargetError
 from deployfa.graph.optimize import FUSIONS, fuse
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case
-from deployfa.parity.measures import LIMIT, normwise
+from deployfa.parity.measures import LIMIT, normwise, unmasked
 from deployfa.parity.truth import Noise, run_graph
 
 __all__ = ["choose_fusion"]
@@ -33,12 +33,14 @@ def choose_fusion(
     scratch: Path,
     *,
     threads: int | None = None,
+    finish: Callable[[ir.Model], ir.Model] = ir.Model.clone,
     status: Callable[[str], None] | None = None,
 ) -> tuple[Optimization, ir.Model]:
     """The fused graph and the record of what was tried.
 
     A candidate that differs from the reference by more than ``LIMIT`` times the noise is refused; the fastest of the
-    rest, by the geometric mean of its medians over ``shapes``, wins.  Raises ``RuntimeTargetError`` if none is left.
+    rest, by the geometric mean of its medians over ``shapes``, wins.  ``finish`` makes of a fused graph what is judged
+    and timed, where that is more than the graph that is returned.  Raises ``RuntimeTargetError`` if none is left.
     """
     say = status or (lambda _: None)
     tried: dict[str, Candidate] = {}
@@ -61,7 +63,7 @@ def choose_fusion(
         signatures[signature] = name
         folder = scratch / name
         folder.mkdir()
-        path = save_graph(candidate, folder)
+        path = save_graph(finish(candidate), folder)
         error_found, refused = _agreement(path, cases, noise)
         tried[name] = Candidate(name=name, error=error_found, refused=refused)
         if refused is None:
@@ -89,7 +91,7 @@ def _agreement(path: Path, cases: Sequence[Case], noise: Noise) -> tuple[float |
     except DeployfaError as error:
         return None, str(error)
     truth = np.concatenate([case.truth for case in cases if case.truth is not None])
-    error_found = normwise(found, truth)
+    error_found = normwise(*unmasked(found, truth))
     if not error_found <= LIMIT * noise.relative:
         return error_found, f"differs from the reference by {error_found / noise.relative:.1f}x the float32 noise"
     return error_found, None

@@ -26,6 +26,7 @@ from deployfa.bundle.manifest import (
     Optimization,
     Preprocessing,
     Reference,
+    Tables,
     Tensor,
 )
 from deployfa.data import Row
@@ -159,6 +160,10 @@ class Content:
     target: str
     cases: Sequence[Case]
     noise: Noise
+    #: of a pack, which has no one adapter: what the manifest says, and what writes its own files
+    tables: Tables | None = None
+    summary: AdapterSummary | None = None
+    write: Callable[[Path], None] | None = None
 
 
 def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
@@ -166,7 +171,10 @@ def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
     with write_directory(out, force=force) as folder:
         save_graph(content.fused, folder)
         copy_tokenizer(content.base, folder)
-        content.adapter.save(folder / "adapter.safetensors")
+        if content.write is None:
+            content.adapter.save(folder / "adapter.safetensors")
+        else:
+            content.write(folder)
         write_cases(folder / _REFERENCE, content.cases)
         write_manifest(folder, _manifest(folder, content))
     return Bundle.open(out)
@@ -224,7 +232,7 @@ def _manifest(folder: Path, content: Content) -> Manifest:
             architecture=base.architecture,
             task=adapter.base.task,
         ),
-        adapter=summary(adapter),
+        adapter=content.summary or summary(adapter),
         plan=msgspec.to_builtins(content.plan),
         graph=GraphSummary(
             file=GRAPH,
@@ -247,6 +255,7 @@ def _manifest(folder: Path, content: Content) -> Manifest:
         versions=versions(),
         files={file.name: sha256_file(file) for file in files},
         warnings=list(base.warnings),
+        tables=content.tables,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deployfa.bundle.patch import Patch, check_patch, read_patch
 from deployfa.edits import Array
 from deployfa.errors import BundleError
 from deployfa.preprocess import TOKENIZER_FILES
+from deployfa.tables import open_fleet
 from deployfa.versions import installed
 
 __all__ = ["Bundle", "sha256_file", "versions", "write_manifest"]
@@ -109,6 +111,17 @@ class Bundle:
         """What a session must put in the place of the graph's own: the patch's tensors."""
         return {} if self.patch is None else self.patch.tensors
 
+    @cached_property
+    def bound(self) -> Mapping[str, Array]:
+        """What a session must be bound to: the tables of a pack that has them as inputs, read by memory map."""
+        tables = self.manifest.tables
+        if tables is None or not tables.inputs:
+            return {}
+        fleet = open_fleet(self.path / (tables.file or ""))
+        if fleet.layout != tables.layout or list(fleet.members) != list(tables.adapters):
+            raise BundleError(f"'{fleet.path}' holds other adapters than the manifest names; pack the bundle again")
+        return fleet.arrays
+
     def record(self, *, parity: dict[str, Any] | None = None, bench: dict[str, Any] | None = None) -> None:
         """Put a summary into the manifest, atomically; the other one stays.
 
@@ -128,8 +141,8 @@ class Bundle:
 def _check_rows(path: Path, tables: Tables) -> None:
     """Names and rows tell adapters apart: two of one name would be two tenants of one answer."""
     names = [adapter.name for adapter in tables.adapters]
-    if len(set(names)) != len(names) or [adapter.row for adapter in tables.adapters] != list(range(len(names))):
-        raise BundleError(f"'{path}' names an adapter twice, or rows out of order; pack it again")
+    if len(set(names)) != len(names) or names[:1] != ["base"]:
+        raise BundleError(f"'{path}' names an adapter twice, or another than the base first; pack it again")
     for adapter in tables.adapters:
         if len(set(adapter.labels)) != len(adapter.labels):
             raise BundleError(f"'{path}': adapter '{adapter.name}' names a label twice; pack it again")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from deployfa.adapter import BaseReference
-from deployfa.tables import Layout
+from deployfa.tables import Layout, Member
 
 __all__ = [
     "FORMAT",
@@ -18,7 +18,6 @@ __all__ = [
     "GraphSummary",
     "Manifest",
     "Optimization",
-    "PackedAdapter",
     "Preprocessing",
     "Reference",
     "Slots",
@@ -104,24 +103,14 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     noise_max_abs: float
 
 
-class PackedAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of a bundle's tables; row 0, called ``base``, is the base model."""
-
-    name: str
-    row: int
-    method: str
-    parameters: int
-    labels: list[str]
-
-
 class Tables(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle whose every row of a batch runs its own adapter.
+    """A bundle whose every row of a batch runs its own adapter.  ``adapters[i]`` is row i; row 0, ``base``, the base.
 
     ``inputs``: whether the tables are graph inputs, to be bound from ``file``, or constants of the graph.
     """
 
     layout: Layout
-    adapters: list[PackedAdapter]
+    adapters: list[Member]
     inputs: bool
     file: str | None = None
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit
 from deployfa.errors import InputError, PlanError, SiteError
+from deployfa.graph.resize import answers
 from deployfa.graph.sites import Site, find_sites
 from deployfa.tables import Head, Layout, LowRanks, Segment, Vectors
 from deployfa.tables.layout import VectorPart
@@ -18,7 +19,6 @@ from deployfa.tables.layout import VectorPart
 __all__ = ["base_heads", "base_weights", "make_layout"]
 
 _PARTS: tuple[VectorPart, ...] = ("lambda", "delta", "out_lambda")
-_PICKS = {"Cast", "Gather", "GatherND", "Identity", "Slice", "Squeeze", "Unsqueeze"}
 
 
 def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: int = 0, max_labels: int = 0) -> Layout:
@@ -34,7 +34,7 @@ def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: i
     heads: dict[str, int] = {}
     for name, adapter in adapters.items():
         for path, labels in _heads_of(adapter, sites, name).items():
-            room = max_labels if _answers(sites[path]) else 0
+            room = max_labels if answers(sites[path]) else 0
             heads[path] = max(heads.get(path, sites[path].out_features), labels, room)
     ranks: dict[str, int] = {}
     after: set[str] = set()
@@ -144,26 +144,13 @@ def _heads_of(adapter: Adapter, sites: Mapping[str, Site], name: str) -> dict[st
                 )
             if not site.weight.is_constant or len(site.uses) != 1:
                 raise PlanError(f"adapter '{name}' replaces '{path}', which the graph computes or runs twice")
-            if array.shape[:1] != (site.out_features,) and not _answers(site):
+            if array.shape[:1] != (site.out_features,) and not answers(site):
                 raise PlanError(
                     f"adapter '{name}': '{path}' has {array.shape[0]} outputs, the base's has {site.out_features}, and "
                     "other layers read them; only the last layer of a head may differ in size"
                 )
             found[path] = int(array.shape[0])
     return found
-
-
-def _answers(site: Site) -> bool:
-    """Whether what the layer makes is only picked from on its way to the graph's output, whatever its size."""
-    waiting, seen = [site.uses[0].output], False
-    while waiting:
-        value = waiting.pop()
-        seen = seen or value.is_graph_output()
-        for node, index in value.uses():
-            if index != 0 or node.op_type not in _PICKS:
-                return False
-            waiting.extend(node.outputs)
-    return seen
 
 
 def _check(site: Site, edit: Edit) -> None:

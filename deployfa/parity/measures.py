@@ -11,10 +11,20 @@ from deployfa.edits import Array
 from deployfa.metrics import Labels, mcnemar_exact, score
 from deployfa.parity.report import Stage
 
-__all__ = ["LIMIT", "measure", "normwise"]
+__all__ = ["LIMIT", "measure", "normwise", "unmasked"]
 
 #: A stage passes when its error is at most this many times the model's own float32-versus-float64 noise.
 LIMIT = 2.0
+
+
+def unmasked(found: Array, truth: Array) -> tuple[Array, Array]:
+    """Both, with what is masked in both (minus infinity: a label that this row's adapter has not) set to the row's
+    lowest true logit; masked in one alone stays as it is, which is no finite answer."""
+    masked = np.isneginf(truth)
+    if not masked.any():
+        return found, truth
+    lowest = np.where(masked, np.inf, truth).min(-1, keepdims=True)
+    return np.where(masked & np.isneginf(found), lowest, found), np.where(masked, lowest, truth)
 
 
 def normwise(found: Array, truth: Array) -> float:
@@ -41,6 +51,8 @@ def measure(
     ``labels`` belong to, in order.
     """
     found, truth, base = (np.concatenate([a.astype(np.float64) for a in arrays]) for arrays in (outputs, truths, bases))
+    base, _ = unmasked(base, truth)
+    found, truth = unmasked(found, truth)
     finite = bool(np.isfinite(found).all())
     difference = float(np.linalg.norm(found - truth)) if finite else None
     effect = float(np.linalg.norm(truth - base))

@@ -85,9 +85,13 @@ def run_graph(
     optimize: bool = True,
     threads: int | None = None,
     initializers: Mapping[str, Array] | None = None,
+    bound: Mapping[str, Array] | None = None,
 ) -> list[Array]:
-    """The first output of ``graph`` in ONNX Runtime for every case; ``initializers`` are a patch's."""
-    runner = OnnxRuntimeRunner(graph, optimize=optimize, threads=threads, spinning=False, initializers=initializers)
+    """The first output of ``graph`` in ONNX Runtime for every case; ``initializers`` are a patch's, ``bound`` the
+    tables of a pack."""
+    runner = OnnxRuntimeRunner(
+        graph, optimize=optimize, threads=threads, spinning=False, initializers=initializers, bound=bound
+    )
     wanted = [spec.name for spec in runner.inputs]
     missing = sorted(set(wanted) - set(cases[0].feeds)) if cases else []
     if missing:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
 from deployfa.metrics import Labels
 from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
-from deployfa.parity.measures import LIMIT, measure
+from deployfa.parity.measures import LIMIT, measure, unmasked
 from deployfa.parity.report import ParityReport, Stage
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
 from deployfa.preprocess import TextPreprocessor
@@ -43,6 +44,14 @@ def verify(
     manifest = bundle.manifest
     if adapter is not None and bundle.patch is None:
         raise InputError("the bundle brings its own adapter; pass --adapter only with --patch")
+    if manifest.tables is not None:
+        # the rows of a table are rounded; the adapters that they were made from are not in the bundle
+        if use_torch or rows is not None:
+            raise InputError(
+                "a pack is held against the reference that was computed when it was packed; pass --no-torch and no "
+                "--data, or verify each adapter's own bundle"
+            )
+        use_torch = False
     name = str(model or manifest.base.name)
     if use_torch is None:
         known = bundle.patch is None or adapter is not None
@@ -101,11 +110,11 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
-    values = bundle.initializers
+    own: dict[str, Any] = {"initializers": bundle.initializers, "bound": bundle.bound}
     outputs = [
         *before,
-        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, initializers=values)),
-        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, initializers=values)),
+        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, **own)),
+        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, **own)),
     ]
     stages = [
         measure(
@@ -115,8 +124,11 @@ def _report(
         for name, found in outputs
     ]  # fmt: skip
     truth, base = np.concatenate(truths), np.concatenate(bases)
+    base, truth = unmasked(base, truth)
     effect = float(np.linalg.norm(truth - base) / np.linalg.norm(truth))
-    if bundle.patch is not None:
+    if bundle.manifest.tables is not None:
+        trained = True
+    elif bundle.patch is not None:
         trained = bundle.patch.meta.adapter.sites > 0
     else:
         trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())

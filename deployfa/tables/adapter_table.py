@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,16 @@ class AdapterTable:
     """
 
     def __init__(
-        self, layout: Layout, base: Mapping[str, Array], *, labels: Sequence[str] = (), max_adapters: int | None = None
+        self,
+        layout: Layout,
+        base: Mapping[str, Array],
+        *,
+        labels: Sequence[str] = (),
+        weights: Mapping[str, Callable[[], Array]] | None = None,
+        max_adapters: int | None = None,
     ) -> None:
-        """``base``: the row that changes nothing, see ``base_row``; ``labels``: what its answers mean.
+        """``base``: the row that changes nothing, see ``base_row``; ``labels``: what its answers mean; ``weights``:
+        what ``row_of`` needs for some LoRFAs.
 
         Without ``max_adapters`` there is room for 65,536, or for as many as the system has address space.  Raises
         ``InputError`` if there is none for ``max_adapters``, and ``EditError`` if ``base`` is no row of the layout.
@@ -69,6 +76,7 @@ class AdapterTable:
         self._memory.write(0, base)
         self._base = self._memory.row(0)
         self._base_labels = tuple(labels)
+        self._weights = weights
         self._history = History(self._memory.rows, Member(name=BASE, method=BASE, labels=self._base_labels))
         # one change at a time; whoever changes the table in the midst of add_many's own iterable may do so
         self._changing = threading.RLock()
@@ -220,7 +228,7 @@ class AdapterTable:
     def _written(self, name: str, adapter: Adapter, taken: list[Version], allow_mismatch: bool) -> Version:
         """The row of ``adapter``, written where nobody sees it; it is in ``taken`` then."""
         try:
-            values = row_of(adapter, self._layout, self._base, allow_mismatch=allow_mismatch)
+            values = row_of(adapter, self._layout, self._base, weights=self._weights, allow_mismatch=allow_mismatch)
         except (BaseMismatchError, EditError, SiteError) as error:
             raise type(error)(f"adapter '{name}': {error}") from error
         labels = adapter.labels or (() if adapter.modules else self._base_labels)
