@@ -37,8 +37,18 @@ def collect(
         else:
             raise InputError(f"--against knows base, torch and FILE.onnx, not '{name}'")
     for bundle in bundles:
-        contenders.append(Contender(label=_label(bundle, bundles), graph=bundle.graph, bundle=bundle.path))
+        contenders.append(_contender(bundle, _label(bundle, bundles)))
     return bundles, contenders
+
+
+def _contender(bundle: Bundle, label: str) -> Contender:
+    tables = bundle.manifest.tables
+    if tables is None:
+        return Contender(label=label, graph=bundle.graph, bundle=bundle.path)
+    fleet = bundle.path / tables.file if tables.file is not None else None
+    return Contender(
+        label=label, graph=bundle.graph, bundle=bundle.path, adapters=len(tables.adapters) - 1, fleet=fleet
+    )
 
 
 def forget_scratch(report: BenchReport, scratch: Path) -> BenchReport:

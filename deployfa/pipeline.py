@@ -190,7 +190,9 @@ def check_export_options(target: str, optimize: str) -> None:
 
 def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:
     """The base graph of ``bundle``, same head and same fusion but no edits, written to ``folder``: what its latency is
-    compared with."""
+    compared with.  Raises ``InputError`` for a pack, whose heads have no base of their own."""
+    if bundle.manifest.tables is not None:
+        raise InputError(f"'{bundle.path}' is a pack; bench it against a bundle of one adapter: name that one first")
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
     adapter = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
     base = base_graph(adapter, model=model)

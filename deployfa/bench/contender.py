@@ -37,7 +37,9 @@ class Contender:
     """One way of computing the same thing.
 
     kind ``onnx`` needs ``graph``; kind ``torch`` needs ``adapter``, which is run unfolded on ``model``, or on the base
-    that it names itself.  bundle: where the graph lies, when it lies in one.  provider: ONNX Runtime's.
+    that it names itself.  bundle: where the graph lies, when it lies in one.  provider: ONNX Runtime's.  adapters: how
+    many a pack holds, of which a batch then mixes as many as it has rows; fleet: the file of its tables, if they are
+    inputs of the graph.
     """
 
     label: str
@@ -47,6 +49,8 @@ class Contender:
     model: str | None = None
     bundle: Path | None = None
     provider: str = "CPUExecutionProvider"
+    adapters: int = 0
+    fleet: Path | None = None
 
 
 def check_contenders(contenders: list[Contender]) -> None:

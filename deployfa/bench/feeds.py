@@ -10,21 +10,27 @@ import numpy as np
 from deployfa.bench.contender import Shape
 from deployfa.edits import Array
 from deployfa.errors import RuntimeTargetError
+from deployfa.graph.row_ops import ADAPTER_IDS
 from deployfa.runtimes.runner import TensorSpec
 
 __all__ = ["make_feeds"]
 
 
 def make_feeds(
-    inputs: Sequence[TensorSpec], shape: Shape, *, seed: int = 0, vocabulary: int = 1000
+    inputs: Sequence[TensorSpec], shape: Shape, *, seed: int = 0, vocabulary: int = 1000, adapters: int = 0
 ) -> dict[str, Array]:
     """Arrays for every input at ``shape``.
 
     A dynamic first dimension is the batch and any other one the sequence, unless its name says ``batch`` or ``seq``.
     Token ids are drawn from [1, vocabulary), masks are ones, position ids count up, floating-point inputs are standard
-    normal, everything else is zero.  Raises ``RuntimeTargetError`` on a dtype that it cannot make.
+    normal, everything else is zero.  ``adapters``: of a pack; the rows of a batch go to as many different ones as there
+    are, drawn at random.  Raises ``RuntimeTargetError`` on a dtype that it cannot make.
     """
-    return {spec.name: _make(spec, shape, seed, vocabulary) for spec in inputs}
+    feeds = {spec.name: _make(spec, shape, seed, vocabulary) for spec in inputs}
+    if adapters and ADAPTER_IDS in feeds:
+        order = 1 + np.random.default_rng(seed).permutation(adapters)
+        feeds[ADAPTER_IDS] = np.resize(order, shape.batch).astype(np.int64)
+    return feeds
 
 
 def _make(spec: TensorSpec, shape: Shape, seed: int, vocabulary: int) -> Array:

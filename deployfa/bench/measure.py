@@ -190,6 +190,8 @@ def _open(contender: Contender, threads: int, spinning: bool, specs: tuple[Any, 
         threads=threads,
         spinning=spinning,
         inputs=specs if contender.kind == "torch" else (),
+        adapters=contender.adapters,
+        fleet=None if contender.fleet is None else str(contender.fleet),
     )
 
 

@@ -38,6 +38,8 @@ class Open(msgspec.Struct, tag="open", frozen=True, kw_only=True):
     threads: int
     spinning: bool
     inputs: tuple[TensorSpec, ...] = ()
+    adapters: int = 0
+    fleet: str | None = None
 
 
 class Prepare(msgspec.Struct, tag="prepare", frozen=True):

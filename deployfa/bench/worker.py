@@ -73,7 +73,8 @@ class Worker:
         runner = self._need()
         wanted = self._inputs(runner)
         shape = Shape(request.batch, request.sequence)
-        self._feeds = make_feeds(wanted, shape, seed=request.seed, vocabulary=request.vocabulary)
+        adapters = self._opened.adapters if self._opened is not None else 0
+        self._feeds = make_feeds(wanted, shape, seed=request.seed, vocabulary=request.vocabulary, adapters=adapters)
         return say.Prepared(self._once(runner))
 
     def _inputs(self, runner: Runner) -> tuple[TensorSpec, ...]:
@@ -176,10 +177,15 @@ def _load_graph(request: say.Open) -> Callable[[], tuple[Runner, tuple[TensorSpe
     import onnxruntime  # noqa: F401  (its loading is timed apart from the session)
 
     from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+    from deployfa.tables import open_fleet
 
     def make() -> tuple[Runner, tuple[TensorSpec, ...]]:
         runner = OnnxRuntimeRunner(
-            Path(request.graph or ""), provider=request.provider, threads=request.threads, spinning=request.spinning
+            Path(request.graph or ""),
+            provider=request.provider,
+            threads=request.threads,
+            spinning=request.spinning,
+            bound=open_fleet(request.fleet).arrays if request.fleet else None,
         )
         return runner, runner.inputs
 

@@ -1,0 +1,117 @@
+"""Run a pack: every row of a batch with the adapter that its name says, from tables that may change meanwhile."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deployfa.bundle import Bundle
+from deployfa.edits import Array
+from deployfa.errors import InputError
+from deployfa.graph.row_ops import ADAPTER_IDS, STRENGTH
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+from deployfa.runtimes.runner import TensorSpec
+from deployfa.tables import AdapterTable, Lease, open_fleet
+
+__all__ = ["MixedRunner", "open_table"]
+
+
+def open_table(bundle: Bundle, *, max_adapters: int | None = None) -> AdapterTable:
+    """The adapters of a pack with ``--table-inputs``, in memory, to be added to, replaced and removed.
+
+    Raises ``InputError`` for any other bundle.
+    """
+    tables = bundle.manifest.tables
+    if tables is None or not tables.inputs:
+        raise InputError(f"'{bundle.path}' keeps its adapters in the graph; pack it with --table-inputs to change them")
+    return AdapterTable.from_fleet(open_fleet(bundle.path / (tables.file or "")), max_adapters=max_adapters)
+
+
+class MixedRunner:
+    """One session of a pack.  Thread-safe: which adapters run is an argument of the call.
+
+    table: where the adapters are, for a pack with its tables as inputs; by default the bundle's own file, read by
+    memory map.  What is added to or taken from ``table`` is there, or gone, at the next call.
+    """
+
+    def __init__(self, bundle: Bundle, table: AdapterTable | None = None, *, threads: int | None = None) -> None:
+        tables = bundle.manifest.tables
+        if tables is None:
+            raise InputError(f"'{bundle.path}' holds one adapter; make a pack with: deployfa pack")
+        if table is not None and (not tables.inputs or table.layout != tables.layout):
+            raise InputError(f"the table has another layout than '{bundle.path}'; make it with open_table(bundle)")
+        self._table = table
+        self._runner = OnnxRuntimeRunner(
+            bundle.graph, threads=threads, bound=bundle.bound if table is None else dict(_first(table))
+        )
+        self._members = {member.name: row for row, member in enumerate(tables.adapters)}
+        self._labels = {member.name: member.labels for member in tables.adapters}
+        self._values: tuple[Any, dict[str, Any]] = None, {}
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` must be fed besides the names of the adapters."""
+        return tuple(spec for spec in self._runner.inputs if spec.name != ADAPTER_IDS)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that there are now, the base's first."""
+        return list(self._members) if self._table is None else self._table.names()
+
+    def labels(self, adapter: str) -> tuple[str, ...]:
+        """What the answers of ``adapter`` mean, in order; empty if it does not say."""
+        if self._table is not None:
+            return self._table.labels(adapter)
+        self._row(adapter)
+        return self._labels[adapter]
+
+    def run(
+        self, feeds: Mapping[str, Array], adapters: Sequence[str], *, strength: Array | float | None = None
+    ) -> dict[str, Array]:
+        """One inference: ``adapters`` names one for each row, ``strength`` in [0, 1] is one for all or one for each.
+
+        Answers of an adapter with fewer labels than another end in minus infinity.  Raises ``InputError`` on an unknown
+        name, and what the runner raises on feeds that do not fit.
+        """
+        wanted = dict(feeds)
+        if strength is not None:
+            wanted[STRENGTH] = _strengths(strength, len(adapters))
+        if self._table is None:
+            wanted[ADAPTER_IDS] = np.array([self._row(name) for name in adapters], np.int64)
+            return self._runner.run(wanted)
+        with self._table.snapshot() as lease:
+            wanted[ADAPTER_IDS] = lease.rows(adapters)
+            return self._runner.run(wanted, self._bound(lease))
+
+    def _row(self, name: str) -> int:
+        row = self._members.get(name)
+        if row is None:
+            near = difflib.get_close_matches(name, list(self._members), n=4) or list(self._members)[:6]
+            more = f" and {len(self._members) - len(near)} more" if len(self._members) > len(near) else ""
+            raise InputError(f"no adapter '{name}' in this pack; there are: {', '.join(near)}{more}")
+        return row
+
+    def _bound(self, lease: Lease) -> dict[str, Any]:
+        """The lease's arrays as the runtime's values; the same ones until the table grows."""
+        known, values = self._values
+        if known is not lease.arrays:
+            values = self._runner.values(lease.arrays)
+            self._values = lease.arrays, values
+        return values
+
+
+def _first(table: AdapterTable) -> Mapping[str, Array]:
+    with table.snapshot() as lease:
+        return lease.arrays
+
+
+def _strengths(strength: Array | float, rows: int) -> Array:
+    values = np.atleast_1d(np.asarray(strength, np.float32))
+    if values.shape not in {(1,), (rows,)}:
+        raise InputError(f"{values.size} strengths for {rows} rows; pass one for all, or one for each")
+    if not ((values >= 0.0) & (values <= 1.0)).all():
+        raise InputError("a strength is not between 0, the base, and 1, the whole adapter; pass such as 0.5")
+    return values
