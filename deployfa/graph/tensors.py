@@ -61,12 +61,17 @@ def set_operand(
 ) -> None:
     """Make ``array`` operand ``index`` of every node in ``nodes``.
 
-    The old initializer is overwritten when these nodes are its only readers, else it stays and they get a copy.
+    The old initializer is overwritten when nothing else reads it, else it stays and they get a copy.  A node that reads
+    it at another input too (a BatchNormalization at its start, with β and the running mean one tensor of zeros) is
+    another reader.
     """
     old = nodes[0].inputs[index] if index < len(nodes[0].inputs) else None
-    readers = set(old.consumers()) if old is not None else set()
-    alone = old is not None and old.is_initializer() and not old.is_graph_output() and readers <= set(nodes)
-    if alone and old is not None:
+    if (
+        old is not None
+        and old.is_initializer()
+        and not old.is_graph_output()
+        and all(use.node in nodes and use.idx == index for use in old.uses())
+    ):
         tensor = _tensor(array, old.name)
         # fresh shape and type objects: a clone shares its own with the original graph
         old.const_value, old.shape, old.type = tensor, ir.Shape(tensor_shape(tensor)), ir.TensorType(tensor.dtype)

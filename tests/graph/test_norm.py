@@ -233,3 +233,27 @@ def test_a_view_between_norm_and_site_is_looked_through(builder):
     # a view that cuts the features in two is no view of them
     halves = Adapter("vefa", {"q": Edit(lam=np.ones(2, np.float32))})
     assert [e.placement for e in make_plan(build(2), halves, prefer="smallest-patch").edits] == [OWN_WEIGHT]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("form", ["batch norm", "layer norm"])
+def test_a_norm_whose_own_parameters_are_one_tensor(builder, form, shift):
+    """The exporter merges equal initializers: the start of a batch norm is two tensors, not four."""
+    rng = np.random.default_rng(6)
+    g = builder()
+    shape = (K, 3) if form == "batch norm" else (3, K)
+    x = g.input("x", "batch", *shape)
+    if form == "batch norm":
+        ones, zeros = g.const("ones", np.ones(K)), g.const("zeros", np.zeros(K))
+        h = g.op("BatchNormalization", x, ones, zeros, zeros, ones)
+        y = g.op("Conv", h, g.const("q.weight", rng.standard_normal((K, K, 1))), site="q", out="y")
+    else:
+        both = g.const("both", rng.standard_normal(K))
+        h = g.op("LayerNormalization", x, both, both, axis=-1)
+        y = g.op("MatMul", h, g.const("q.weight.T", rng.standard_normal((K, K))), site="q", out="y")
+    model, one = g.model(y), Adapter("vefa", {"q": edit(shift=shift)})
+    x = rng.standard_normal((2, *shape)).astype(np.float32)
+    plan = make_plan(model, one)
+    assert plan.count(NORM) == 1
+    expected = run(apply_adapter(model, one, make_plan(model, one, placement="side-op")), x)
+    assert close(run(apply_adapter(model, one, plan), x), expected)
