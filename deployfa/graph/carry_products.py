@@ -51,13 +51,21 @@ def positive(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
         raise Blocked(f"δ does not pass {node.op_type}")
     if not (carried.factor > 0.0).all():
         raise Blocked(f"input comes from {node.op_type}, which only a positive scale passes, but some 1+λ ≤ 0")
-    return [(0, carried)]
+    return [(0, _outside_windows(node, carried))]
 
 
 def pool(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
     if carried.shift is not None and node.op_type == "AveragePool":
         raise Blocked("δ does not pass AveragePool, which pads with zeros")
-    return [(0, carried)]
+    return [(0, _outside_windows(node, carried))]
+
+
+def _outside_windows(node: ir.Node, carried: Carried) -> Carried:
+    """``carried``, which must not vary over the axes that a pooling takes together: all but batch and channels."""
+    arrays = [carried.factor] + ([carried.shift] if carried.shift is not None else [])
+    if "Pool" in node.op_type and any(size != 1 for array in arrays for size in array.shape[2:]):
+        raise Blocked(f"input comes from {node.op_type} over its features")
+    return carried
 
 
 def mean(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
@@ -95,10 +103,10 @@ def attention(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
     """ONNX Attention: heads of V pass; a key-value head serves ``q_heads / kv_heads`` query heads in a row."""
     if carried.shift is not None:
         raise Blocked("δ does not pass a weighted sum")
-    if output is not node.outputs[0] or any(each.uses() or each.is_graph_output() for each in node.outputs[1:]):
-        raise Blocked("input comes from an attention that also answers its keys and values")
+    four = len(shape_of(output)) == 4
+    _only_weighs(node, output, carried, tokens=2 if four else 1, past=5)
     value = operand(node, 2)
-    if len(shape_of(output)) == 4:
+    if four:
         heads = carried.factor.shape[1]
         kept = shape_of(value)[1]
         grouped = carried.factor if heads == 1 or not isinstance(kept, int) else _one_per_group(carried.factor, 1, kept)
@@ -114,9 +122,20 @@ def multi_head(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
         raise Blocked("δ does not pass a weighted sum")
     apart = len(node.inputs) > 2 and node.inputs[2] is not None and len(shape_of(node.inputs[2])) == 3
     biased = len(node.inputs) > 3 and node.inputs[3] is not None
-    if not apart or biased or any(each.uses() for each in node.outputs[1:]):
+    if not apart or biased:
         raise Blocked("input comes from an attention whose values are packed with its queries and keys")
+    _only_weighs(node, output, carried, tokens=1, past=7)
     return [(2, carried)]
+
+
+def _only_weighs(node: ir.Node, output: ir.Value, carried: Carried, *, tokens: int, past: int) -> None:
+    """Raise ``Blocked`` unless the attention sums over what does not vary, and V goes nowhere but into ``output``."""
+    if output is not node.outputs[0] or any(each.uses() or each.is_graph_output() for each in node.outputs[1:]):
+        raise Blocked("input comes from an attention that also answers its keys and values")
+    if len(node.inputs) > past and node.inputs[past] is not None:
+        raise Blocked("input comes from an attention that also reads values of earlier tokens")
+    if carried.factor.shape[tokens] != 1:
+        raise Blocked("1+λ varies over the tokens that attention sums over")
 
 
 def _heads_of_flat(factor: Float64, heads: int, kept: int) -> Float64:

@@ -105,12 +105,12 @@ def slice_part(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
     """A part of a value, by constant bounds; computed ones are as good where the factor does not vary."""
     shape = shape_of(node.inputs[0])
     starts, ends, axes, steps = (_integers(node, index) for index in (1, 2, 3, 4))
-    if axes is None:
-        axes = list(range(len(starts))) if starts is not None else None
+    if axes is None and starts is not None and not _given(node, 3):
+        axes = list(range(len(starts)))
     if axes is None:
         raise Blocked("input is a slice with computed bounds")
     axes = [axis % len(shape) for axis in axes]
-    if starts is None or ends is None:
+    if starts is None or ends is None or (steps is None and _given(node, 4)):
         if any(carried.factor.shape[axis] != 1 for axis in axes) or carried.shift is not None:
             raise Blocked("input is a slice with computed bounds")
         return [(0, carried)]
@@ -167,10 +167,10 @@ def gather_nd(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
 
 def pad(node: ir.Node, output: ir.Value, carried: Carried) -> list[Step]:
     pads = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    value = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    value = constant(node.inputs[2]) if _given(node, 2) else None
     rank = carried.factor.ndim
-    zero = value is None or not value.numpy().any()
-    if carried.shift is not None or pads is None or not zero or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    zero = not value.numpy().any() if value is not None else not _given(node, 2)
+    if carried.shift is not None or pads is None or not zero or _given(node, 3):
         raise Blocked("input is padded")
     around = pads.numpy().reshape(2, rank)
     if any(carried.factor.shape[axis] != 1 and around[:, axis].any() for axis in range(rank)):
@@ -207,6 +207,11 @@ def _embedded(carried: Carried, axis: int, size: int | str | None, part: slice) 
         return narrowed(full, axis)
 
     return Carried(embed(carried.factor, 1.0), None if carried.shift is None else embed(carried.shift, 0.0))
+
+
+def _given(node: ir.Node, index: int) -> bool:
+    """Whether the node has that optional input, be it stored or computed."""
+    return index < len(node.inputs) and node.inputs[index] is not None
 
 
 def _integers(node: ir.Node, index: int) -> list[int] | None:

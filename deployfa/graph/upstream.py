@@ -231,6 +231,8 @@ def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], besi
                 if other is not None and index == 0
                 else f"{group.kind} also feeds {node.op_type} '{node.name}'"
             )
+    for node in {node for node, _ in edges if node.op_type == "Split"}:
+        _check_other_parts(group.kind, node, values)
     for end, change in group.ends:
         if isinstance(end, Norm):
             blocked = end.why_not(change)
@@ -240,6 +242,17 @@ def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], besi
             blocked = _why_not_rows(end, change, group, uses)
         if blocked is not None:
             raise Blocked(blocked)
+
+
+def _check_other_parts(kind: str, split: ir.Node, values: Mapping[ir.Value, tuple[Carried, str]]) -> None:
+    """The parts of a split that are on no path change with the whole: nothing may read them, unless they stay as they
+    are."""
+    whole = split.inputs[0]
+    assert whole is not None  # a path has come through it
+    for part in split.outputs:
+        read = part.is_graph_output() or any(use.node.op_type not in _ONLY_SHAPE for use in part.uses())
+        if read and part not in values and not _part_unchanged(split, part, values[whole][0]):
+            raise Blocked(f"{kind} also feeds another part of Split '{split.name}'")
 
 
 def _why_not_rows(end: Use, change: Carried, group: Group, uses: Sequence[Use]) -> str | None:

@@ -24,6 +24,7 @@ class GraphBuilder:
         self.dtype = np.dtype(dtype)
         self.onnx = ir.tensor(np.zeros(1, dtype)).dtype
         self.inputs, self.initializers, self.nodes = [], [], []
+        self.opsets = {"": 20}
 
     def input(self, name, *shape, dtype=None, default=None):
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype or self.onnx))
@@ -55,7 +56,7 @@ class GraphBuilder:
             list(outputs),
             nodes=self.nodes,
             initializers=self.initializers,
-            opset_imports={"": 20},
+            opset_imports=self.opsets,
             name="made",
         )
         # through the wire format and with shapes: a graph as the exporter's file has it
