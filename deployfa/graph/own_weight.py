@@ -13,7 +13,15 @@ from deployfa.graph.tensors import add_initializer, cast_once, set_operand
 from deployfa.graph.views import Resize
 from deployfa.graph.weights import Weight, in_layout
 
-__all__ = ["fold_into_own_weight", "scale_weight", "set_bias", "why_not_own_weight", "why_not_scaled", "write_weight"]
+__all__ = [
+    "alone",
+    "fold_into_own_weight",
+    "scale_weight",
+    "set_bias",
+    "why_not_own_weight",
+    "why_not_scaled",
+    "write_weight",
+]
 
 
 def why_not_own_weight(site: Site, edit: Edit, *, untie: bool = False) -> str | None:
@@ -79,7 +87,7 @@ def why_not_use_scaled(use: Use, which: Axis, factor: Array, ours: set[ir.Node])
     axis = _integer_axis(weight, use.axis(which))
     if axis is None:
         return "weight is quantised and reshaped"
-    if weight.scales.form not in {"product", "blocks"} and not _alone(weight, ours):
+    if weight.scales.form not in {"product", "blocks"} and not alone(weight, ours):
         return "weight is quantised and shared with another layer"
     return weight.scales.why_not(axis, factor)
 
@@ -136,7 +144,7 @@ def write_weight(graph: ir.Graph, site: Site, operand: Array) -> None:
     """Make ``operand``, as the layer reads it, the weight of every use; what other layers read stays as it was."""
     weight = site.weight
     array = cast_once(np.asarray(operand, dtype=np.float64), weight.dtype, site.path)
-    if weight.nodes and _alone(weight, set(site.nodes)) and len({id(use.weight.operand) for use in site.uses}) == 1:
+    if weight.nodes and alone(weight, set(site.nodes)) and len({id(use.weight.operand) for use in site.uses}) == 1:
         set_operand(graph, [weight.nodes[0]], 0, weight.as_stored(array), name=f"{site.path}.weight")
     else:
         if weight.operand.dtype is not None:
@@ -217,7 +225,7 @@ def _why_not_rebiased(site: Site) -> str | None:
     return None
 
 
-def _alone(weight: Weight, ours: set[ir.Node]) -> bool:
+def alone(weight: Weight, ours: set[ir.Node]) -> bool:
     """Whether nothing but ``ours`` reads the operand, or anything on the way to it."""
     outer = weight.scales.node.outputs[0] if weight.scales is not None else None
     chain = [node.outputs[0] for node in weight.nodes] or ([outer] if outer is not None else [])

@@ -53,6 +53,7 @@ def fold_into_producers(graph: ir.Graph, uses: Sequence[Use], factor: Float64, n
         bias, node = use.bias, use.bias_node
         if bias is None or node is None or bias.operand in done:
             continue
+        done.add(bias.operand)
         if bias.scales is not None:
             scaled = bias.scales.scaled(len(bias.scales.size) - 1, factor)
             stored = cast_once(scaled, bias.scales.dtype, name)
@@ -62,4 +63,3 @@ def fold_into_producers(graph: ir.Graph, uses: Sequence[Use], factor: Float64, n
         nodes = [other.bias_node for other in sharing if other.bias_node is not None]
         array = cast_once(bias.numbers().astype(np.float64) * factor, bias.operand.dtype or bias.dtype, name)
         set_operand(graph, nodes, use.bias_index, array, name=f"{name}/producer_bias")
-        done.add(bias.operand)

@@ -17,7 +17,7 @@ from deployfa.graph.backwards import backwards
 from deployfa.graph.carry import Blocked, Carried
 from deployfa.graph.layers import Use, layers
 from deployfa.graph.norm import Norm, fold_into_norms
-from deployfa.graph.own_weight import why_not_use_scaled
+from deployfa.graph.own_weight import alone, why_not_use_scaled
 from deployfa.graph.producer import fold_into_producers, producer_bytes
 from deployfa.graph.sites import Site
 from deployfa.graph.trace import Path, paths
@@ -279,6 +279,8 @@ def _why_not_rows(end: Use, change: Carried, group: Group, uses: Sequence[Use]) 
     if bias is None or bias.is_input or not bias.is_constant:
         return "bias of the layer before is computed"
     if bias.scales is not None:
+        if not alone(bias, {use.bias_node for use in sharing if use.bias_node is not None}):
+            return "bias of the layer before is quantised and shared with another layer"
         blocked = bias.scales.why_not(len(bias.scales.size) - 1, factor)
         return None if blocked is None else f"of the layer before, the bias: {blocked}"
     return None

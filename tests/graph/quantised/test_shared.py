@@ -1,0 +1,96 @@
+"""Quantised layers, built by hand, that share what a fold changes: against the side ops."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from deployfa.adapter import Adapter
+from deployfa.edits import Edit
+from deployfa.graph import apply_adapter, make_plan
+from deployfa.graph.evaluate import evaluate
+from deployfa.graph.plan import PRODUCER, SIDE_OP
+
+B, S, K = 2, 3, 4
+#: Each scale is rounded once to float32, or twice for two factors, in sums of fewer than 100 terms.
+ROUNDING = 2.0**-24 * 8
+
+
+class Layers:
+    """QDQ layers on fed inputs, and sites whose weights are fed, so that they fold only into the layers before."""
+
+    def __init__(self, builder):
+        self.rng = np.random.default_rng(4)
+        self.g = builder()
+        self.feeds = {}
+
+    def feed(self, name, *shape):
+        self.feeds[name] = self.rng.standard_normal(shape).astype(np.float32)
+        return self.g.input(name, *shape)
+
+    def integers(self, name, array):
+        tensor = ir.tensor(array, name=name)
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+        self.g.initializers.append(value)
+        return value
+
+    def weight(self, name):
+        q = self.integers(f"{name}.q", self.rng.integers(-100, 100, (K, K)).astype(np.int8))
+        return self.g.op("DequantizeLinear", q, self.scale(f"{name}.s"), axis=1)
+
+    def bias(self, name):
+        q = self.integers(f"{name}.bias_q", self.rng.integers(-9000, 9000, K).astype(np.int32))
+        return self.g.op("DequantizeLinear", q, self.scale(f"{name}.bias_s"), axis=0)
+
+    def scale(self, name, *shape):
+        return self.g.const(name, self.rng.uniform(0.0001, 0.0002, shape or (K,)))
+
+    def layer(self, site, x, weight, bias):
+        return self.g.op("Add", self.g.op("MatMul", x, weight, site=site), bias, site=site)
+
+    def reader(self, site, value):
+        return self.g.op("MatMul", value, self.feed(f"{site}.weight", K, 2), site=site, out=f"y_{site}")
+
+    def planned(self, edits, *outputs):
+        """(edits of the plan, what its graph is off by, what the base is off by): relative to the side ops."""
+        model, adapter = self.g.model(*outputs), Adapter("vefa", edits)
+        plan = make_plan(model, adapter)
+        graphs = [
+            apply_adapter(model, adapter, make_plan(model, adapter, placement="side-op")),
+            apply_adapter(model, adapter, plan),
+            model,
+        ]
+        expected, *found = (evaluate(graph, [self.feeds])[0] for graph in graphs)
+        off = [
+            max(np.linalg.norm(each[n] - expected[n]) / np.linalg.norm(expected[n]) for n in expected) for each in found
+        ]
+        return {edit.site: edit for edit in plan.edits}, *off
+
+
+@pytest.fixture
+def made(builder):
+    return Layers(builder)
+
+
+def lam(seed=3):
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, K).astype(np.float32)
+
+
+def test_a_quantised_bias_of_a_layer_called_twice_is_scaled_once(made):
+    weight, bias = made.weight("v"), made.bias("v")
+    values = [made.layer("v", made.feed(name, B, S, K), weight, bias) for name in ("x1", "x2")]
+    outputs = [made.reader(site, value) for site, value in zip("qk", values, strict=True)]
+    edits, off, base = made.planned({"q": Edit(lam=lam()), "k": Edit(lam=lam())}, *outputs)
+    assert {edit.placement for edit in edits.values()} == {PRODUCER}
+    assert off <= ROUNDING < base
+
+
+def test_a_quantised_bias_that_another_layer_reads_stays(made):
+    x, bias = made.feed("x", B, S, K), made.bias("v")
+    first, second = (made.layer(site, x, made.weight(site), bias) for site in "vu")
+    edits, off, base = made.planned({"q": Edit(lam=lam())}, made.reader("q", first), made.g.op("Neg", second, out="o"))
+    assert edits["q"].placement == SIDE_OP
+    assert "bias of the layer before is quantised and shared with another layer" in edits["q"].reason
+    assert off <= ROUNDING < base
