@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array, Edit, Float64, fold_conv, fold_matrix
 from deployfa.graph.large import fold_rows, is_large, passed_shift
-from deployfa.graph.layers import Axis, Use
+from deployfa.graph.layers import Axis, Use, read_layer
 from deployfa.graph.sites import Site
 from deployfa.graph.tensors import add_initializer, cast_once, set_operand
 from deployfa.graph.views import Resize
@@ -53,6 +53,8 @@ def why_not_own_weight(site: Site, edit: Edit, *, untie: bool = False) -> str | 
             blocked = why_not_scaled(site, "out", 1.0 + edit.output_scale.astype(np.float64))
             if blocked is not None:
                 return blocked
+            if edit.lam is not None and weight.scales is not None and weight.scales.single:
+                return "weight is quantised with one scale, which takes no factors of inputs and outputs both"
     if site.groups != 1 and low_rank:
         return "low rank before a grouped convolution"
     if site.layout == "conv transpose" and edit.output_low_rank is not None and set(site.kernel) != {1}:
@@ -112,7 +114,9 @@ def fold_into_own_weight(graph: ir.Graph, site: Site, edit: Edit) -> None:
     if site.weight.quantised and edit.lam is not None:
         scale_weight(graph, site, "in", 1.0 + edit.lam.astype(np.float64))
     if site.weight.quantised and edit.output_scale is not None:
-        scale_weight(graph, site, "out", 1.0 + edit.output_scale.astype(np.float64))
+        # the scales as they are by now, which may be a copy
+        now = Site(site.path, tuple(read_layer(use.node) or use for use in site.uses))
+        scale_weight(graph, now, "out", 1.0 + edit.output_scale.astype(np.float64))
     _rebias(graph, site, edit, passed)
 
 

@@ -143,9 +143,22 @@ def make_plan(
     return Plan(edits=ordered, modules=_plan_modules(model, sites, adapter), preference=placement, untie=untie)
 
 
-def beside(edits: Mapping[str, Edit], side_ops: set[str]) -> set[str]:
+def beside(edits: Mapping[str, Edit], side_ops: set[str]) -> dict[str, str]:
     """Sites whose output gets something added beside the layer: a fold into their rows would miss it."""
-    return {path for path in side_ops if path in edits and edits[path].output_low_rank is not None}
+    return {
+        path: "has a LoRA beside it" for path in side_ops if path in edits and edits[path].output_low_rank is not None
+    }
+
+
+def _taken(sites: Mapping[str, Site], edits: Mapping[str, Edit], side_ops: set[str]) -> dict[str, str]:
+    """Sites whose one scale becomes one for each input, after which their rows have none."""
+    return {
+        path: "is quantised with one scale, which its own 1+λ takes"
+        for path, edit in edits.items()
+        if path not in side_ops
+        and edit.lam is not None
+        and any(use.weight.scales is not None and use.weight.scales.single for use in sites[path].uses)
+    }
 
 
 def _plan_folds(
@@ -154,7 +167,8 @@ def _plan_folds(
     """Every edit: upstream where that is the better fold, into its own weight where it is exact, else a side op."""
     blocked = {path: why_not_own_weight(sites[path], edit) for path, edit in edits.items()}
     unfolded = {path for path, reason in blocked.items() if reason is not None}
-    upstream = find_upstream(graph, sites, edits, beside=beside(edits, unfolded))
+    busy = _taken(sites, edits, unfolded) | beside(edits, unfolded)
+    upstream = find_upstream(graph, sites, edits, busy=busy)
     planned: dict[str, PlannedEdit] = {}
     for path, group in upstream.groups.items():
         if path in planned or not _better(group, sites, edits, blocked, prefer):

@@ -71,7 +71,7 @@ def _fold_upstream(model: ir.Model, adapter: Adapter, plan: Plan) -> None:
             continue
         side_ops = {each.site for each in plan.edits if each.placement == SIDE_OP}
         found = find_upstream(
-            model.graph, find_sites(model), wanted, beside=beside(adapter.edits, side_ops), kinds=(placement,)
+            model.graph, find_sites(model), wanted, busy=beside(adapter.edits, side_ops), kinds=(placement,)
         )
         done: list[Group] = []
         for path in wanted:

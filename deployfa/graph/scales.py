@@ -92,18 +92,26 @@ class Scales:
         if self.form == "blocks":
             return dequantized_blocks(integers, self.numbers(), zero, self.size, self.block[1], self.bits)
         q = integers.astype(np.float64)
-        if zero is not None and zero.size > 1:
+        if zero is not None and self.form == "multiply":
+            # an operand that broadcasts, in a shape of its own
+            q = q - zero.astype(np.float64)
+        elif zero is not None and zero.size > 1:
             cells = self.cells if zero.size == math.prod(self.cells) else (1, zero.size)
             q = q - self._spread(zero.astype(np.float64).reshape(cells))
         elif zero is not None:
             q = q - float(zero.reshape(()))
         return np.asarray(q * self._spread(self.numbers()))
 
+    @property
+    def single(self) -> bool:
+        """Whether this is one number that may become one for each input, or one for each output, but not both."""
+        return self.form == "multiply" and math.prod(self.cells) == 1
+
     def _widens(self, axis: int) -> bool:
         """Whether a single scale may become one for each feature of ``axis``: it is an operand that broadcasts."""
         if self.form == "product":
             return self.cells[axis] == 1 and axis == 1
-        return self.form == "multiply" and math.prod(self.cells) == 1
+        return self.single
 
     def _by_cell(self, axis: int, factor: Array) -> Float64:
         """(cells, features in a cell); the last cell may be short, its last feature is repeated."""
@@ -167,9 +175,11 @@ def multiplier(node: ir.Node) -> Scales | None:
         shape = tensor_shape(tensor)
         cells = (1,) * (len(size) - len(shape)) + shape
         zero_tensor = constant(zero)
-        if zero_tensor is not None and zero_tensor.size not in {1, math.prod(cells)}:
+        of_zero = tensor_shape(zero_tensor) if zero_tensor is not None else ()
+        if len(of_zero) > len(size):
             continue
-        if any(cell not in {1, n} for cell, n in zip(cells, size, strict=True)):
+        padded = (1,) * (len(size) - len(of_zero)) + of_zero
+        if any(n not in {1, whole} for each in (cells, padded) for n, whole in zip(each, size, strict=True)):
             continue
         block = tuple(-(-n // c) for n, c in zip(size, cells, strict=True))
         return Scales("multiply", integers, node, index, scale, zero, size, cells, block)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +25,7 @@ from deployfa.graph.trace import Path, paths
 
 __all__ = ["Group", "Upstream", "find_upstream", "fold_upstream"]
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 #: Operators that read a value's shape and none of its numbers.
 _ONLY_SHAPE = {"Shape", "Size"}
 _PARTS = {"Slice", "Split", "Gather"}
@@ -89,12 +91,12 @@ def find_upstream(
     sites: Mapping[str, Site],
     edits: Mapping[str, Edit],
     *,
-    beside: Collection[str] = (),
+    busy: Mapping[str, str] = _NOTHING,
     kinds: Sequence[str] = ("norm", "producer"),
 ) -> Upstream:
     """Groups among ``edits`` (by site) that fold exactly into norms or layers before them.
 
-    ``beside``: sites whose output gets something added beside the layer, which a factor on its rows would miss.
+    ``busy``: sites into whose rows nothing may fold, and why: what stands beside the layer, or has its scale.
     """
     uses = layers(graph)
     makers = {use.output: use for use in uses}
@@ -117,7 +119,7 @@ def find_upstream(
     for members in _meeting(chosen):
         group = Group(chosen[members[0]][0].kind, tuple((name, path) for name in members for path in chosen[name]))
         try:
-            _check(group, uses, names, beside)
+            _check(group, uses, names, busy)
         except _Disagree as blocked:
             reasons |= {member: blocked.told_to(member) for member in members}
         except Blocked as blocked:
@@ -209,7 +211,7 @@ def _meeting(chosen: Mapping[str, list[Path]]) -> list[list[str]]:
     return list(together.values())
 
 
-def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], beside: Collection[str]) -> None:
+def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], busy: Mapping[str, str]) -> None:
     """Raise ``Blocked`` unless every reader of every value on the paths gets what it should."""
     values: dict[ir.Value, tuple[Carried, str]] = {}
     edges: set[tuple[ir.Node, int]] = set()
@@ -236,8 +238,8 @@ def _check(group: Group, uses: Sequence[Use], names: Mapping[ir.Node, str], besi
     for end, change in group.ends:
         if isinstance(end, Norm):
             blocked = end.why_not(change)
-        elif (owner := names.get(end.node)) in beside:
-            blocked = f"layer before, '{owner}', has a LoRA beside it"
+        elif (owner := names.get(end.node, "")) in busy:
+            blocked = f"layer before, '{owner}', {busy[owner]}"
         else:
             blocked = _why_not_rows(end, change, group, uses)
         if blocked is not None:

@@ -10,7 +10,7 @@ from deployfa.adapter import Adapter
 from deployfa.edits import Edit
 from deployfa.graph import apply_adapter, make_plan
 from deployfa.graph.evaluate import evaluate
-from deployfa.graph.plan import PRODUCER, SIDE_OP
+from deployfa.graph.plan import OWN_WEIGHT, PRODUCER, SIDE_OP
 
 B, S, K = 2, 3, 4
 #: Each scale is rounded once to float32, or twice for two factors, in sums of fewer than 100 terms.
@@ -93,4 +93,52 @@ def test_a_quantised_bias_that_another_layer_reads_stays(made):
     edits, off, base = made.planned({"q": Edit(lam=lam())}, made.reader("q", first), made.g.op("Neg", second, out="o"))
     assert edits["q"].placement == SIDE_OP
     assert "bias of the layer before is quantised and shared with another layer" in edits["q"].reason
+    assert off <= ROUNDING < base
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_of_inputs_and_outputs_go_into_scales_of_each(made, shared):
+    made.g.opsets = {"": 21}
+    x, scale = made.feed("x", B, S, K), made.scale("s", K, K)
+
+    def layer(site):
+        q = made.integers(f"{site}.q", made.rng.integers(-100, 100, (K, K)).astype(np.int8))
+        weight = made.g.op("DequantizeLinear", q, scale, axis=0, block_size=1)
+        return made.g.op("MatMul", x, weight, site=site, out=f"y_{site}")
+
+    outputs = [layer("q"), layer("k")] if shared else [layer("q")]
+    edits, off, base = made.planned({"q": Edit(lam=lam(), output_scale=lam(5))}, *outputs)
+    assert edits["q"].placement == OWN_WEIGHT
+    assert off <= ROUNDING < base
+
+
+def multiplied(made, zero=None, scale=None):
+    """``Mul(Cast(q) - zero, scale)``; one scale for all if none is given."""
+    numbers = made.g.op("Cast", made.integers("v.q", made.rng.integers(-100, 100, (K, K)).astype(np.int8)), to=1)
+    if zero is not None:
+        numbers = made.g.op("Sub", numbers, made.g.const("v.zero", zero))
+    return made.g.op("Mul", numbers, made.g.const("v.s", np.array(0.013) if scale is None else scale))
+
+
+def test_one_scale_takes_no_factors_of_inputs_and_outputs_both(made):
+    y = made.g.op("MatMul", made.feed("x", B, S, K), multiplied(made), site="v", out="y")
+    edits, off, base = made.planned({"v": Edit(lam=lam(), output_scale=lam(5))}, y)
+    assert edits["v"].placement == SIDE_OP and "no factors of inputs and outputs both" in edits["v"].reason
+    assert off <= ROUNDING < base
+
+
+def test_one_scale_that_the_layer_takes_is_not_there_for_the_next(made):
+    v = made.g.op("MatMul", made.feed("x", B, S, K), multiplied(made), site="v")
+    edits, off, base = made.planned({"v": Edit(lam=lam()), "q": Edit(lam=lam(5))}, made.reader("q", v))
+    assert (edits["v"].placement, edits["q"].placement) == (OWN_WEIGHT, SIDE_OP)
+    assert "layer before, 'v', is quantised with one scale, which its own 1+λ takes" in edits["q"].reason
+    assert off <= ROUNDING < base
+
+
+@pytest.mark.parametrize("shape", [(K, 1), (1, K), (K,), (1,), (K, K)])
+def test_zero_points_lie_as_they_broadcast(made, shape):
+    zero, scale = made.rng.integers(-50, 50, shape).astype(np.float32), made.rng.uniform(0.01, 0.02, (1, K))
+    y = made.g.op("MatMul", made.feed("x", B, S, K), multiplied(made, zero, scale), site="v", out="y")
+    edits, off, base = made.planned({"v": Edit(delta=lam())}, y)
+    assert edits["v"].placement == OWN_WEIGHT
     assert off <= ROUNDING < base
