@@ -96,6 +96,15 @@ class Use:
             return False
         return pad.attributes.get_string("mode", "constant") == "constant"
 
+    def reads_as(self, other: Use) -> bool:
+        """Whether both make one matrix of one stored weight: not so where one transposes it, and it is square."""
+        mine, its = self.weight, other.weight
+        return (
+            mine.stored is its.stored
+            and (mine.shape, mine.moves) == (its.shape, its.moves)
+            and (self.layout, self.groups, self.alpha) == (other.layout, other.groups, other.alpha)
+        )
+
     def axis(self, which: Axis) -> int:
         """The axis of the weight's operand along which the features of ``which`` lie (a convolution's per group)."""
         order = {"kd": (-2, -1), "dk": (-1, -2), "conv": (1, 0), "conv transpose": (0, 1)}[self.layout]

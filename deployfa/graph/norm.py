@@ -59,6 +59,10 @@ class Norm:
         tensors = [constant(value) for value in (self.scale, self.shift) if value is not None]
         return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
 
+    def reads_as(self, other: Norm) -> bool:
+        """Whether both make one γ of one stored vector: not so where one adds 1 to it."""
+        return (self.offset, self.flat) == (other.offset, other.flat)
+
     def why_not(self, change: Carried) -> str | None:
         """What keeps ``change`` of its output from going into γ and β."""
         return "norm has no shift for δ" if change.shift is not None and self.shift_node is None else None
@@ -164,6 +168,8 @@ def _multiply(
             return Norm(node, product, index, shift_node, shift_index, 0.0, flat=False)
         adder = operand.producer() if operand is not None else None
         if adder is None or adder.op_type != "Add" or operand is None or len(operand.uses()) != 1:
+            continue
+        if operand.is_graph_output():
             continue
         for at, stored in enumerate(adder.inputs):
             one = constant(adder.inputs[1 - at])

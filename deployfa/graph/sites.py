@@ -110,12 +110,7 @@ def find_sites(model: ir.Model) -> dict[str, Site]:
 def _is_one_weight(found: Iterable[Use]) -> bool:
     """Whether every use reads one weight in one way (a fused attention has two weights)."""
     first, *rest = found
-    return all(
-        use.weight.stored is first.weight.stored
-        and use.weight.shape == first.weight.shape
-        and (use.layout, use.groups, use.alpha) == (first.layout, first.groups, first.alpha)
-        for use in rest
-    )
+    return all(use.reads_as(first) for use in rest)
 
 
 def _by_parameter(path: str, found: Iterable[Use]) -> dict[str, Site]:

@@ -144,8 +144,9 @@ def fold_upstream(graph: ir.Graph, group: Group) -> None:
     for norm, change in norms:
         by_scale.setdefault(norm.scale, []).append((norm, change))
     for together in by_scale.values():
-        alike = [norm for norm, change in together if change.same(together[0][1])]
-        fold_into_norms(graph, alike, together[0][1], name)
+        first, wanted = together[0]
+        alike = [norm for norm, change in together if change.same(wanted) and norm.reads_as(first)]
+        fold_into_norms(graph, alike, wanted, name)
         for norm, change in together:
             if norm not in alike:
                 fold_into_norms(graph, [norm], change, name)
@@ -164,6 +165,8 @@ def rows(use: Use, change: Carried) -> Float64:
         raise Blocked("δ would need a bias of the layer before, and it passes no product")
     if any(size != 1 for at, size in enumerate(change.factor.shape) if at != axis):
         raise Blocked("1+λ varies over more than the outputs of the layer before")
+    if change.factor.size not in {1, use.features("out")}:
+        raise Blocked("what is added to the layer before is wider than its output")
     return np.asarray(np.broadcast_to(change.factor.reshape(-1), (use.features("out"),)))
 
 
@@ -266,7 +269,7 @@ def _why_not_rows(end: Use, change: Carried, group: Group, uses: Sequence[Use]) 
         return "layer before is computed in integers"
     sharing = [use for use in uses if use.weight.stored is end.weight.stored]
     ends = [each for each, _ in group.ends]
-    if any(use not in ends for use in sharing) or any(
+    if any(use not in ends or not use.reads_as(end) for use in sharing) or any(
         not np.array_equal(rows(each, other), factor)
         for each, other in group.ends
         if isinstance(each, Use) and each.weight.stored is end.weight.stored

@@ -21,6 +21,11 @@ __all__ = ["Permute", "Resize", "View", "constant", "read", "static_shape", "ten
 class View(Protocol):
     """A step that moves numbers and changes none."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it does not even move them."""
+        ...
+
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]: ...
 
     def forward(self, array: Array) -> Array: ...
@@ -33,6 +38,10 @@ class Permute:
     """``Transpose``: axis i of the result is axis ``perm[i]`` of the operand."""
 
     perm: tuple[int, ...]
+
+    @property
+    def keeps(self) -> bool:
+        return list(self.perm) == sorted(self.perm)
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(before[axis] for axis in self.perm)
@@ -50,6 +59,10 @@ class Resize:
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+    @property
+    def keeps(self) -> bool:
+        return self.before == self.after
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         return self.after

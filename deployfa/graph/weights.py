@@ -63,6 +63,11 @@ class Weight:
         return constant(self.stored) is not None
 
     @property
+    def moves(self) -> tuple[View, ...]:
+        """The views that move anything: equal for two readers that see the stored numbers in one order."""
+        return tuple(view for view in self.views if not view.keeps)
+
+    @property
     def stored_bytes(self) -> int:
         """What a change of this weight has to ship: all its numbers, or all its scales."""
         return self.scales.bytes if self.scales is not None else _itemsize(self.dtype) * math.prod(self.shape)

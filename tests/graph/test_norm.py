@@ -257,3 +257,29 @@ def test_a_norm_whose_own_parameters_are_one_tensor(builder, form, shift):
     assert plan.count(NORM) == 1
     expected = run(apply_adapter(model, one, make_plan(model, one, placement="side-op")), x)
     assert close(run(apply_adapter(model, one, plan), x), expected)
+
+
+def test_one_stored_vector_as_the_scale_of_unlike_norms(builder):
+    """Gemma's norm adds 1 to it, the other does not: two new vectors."""
+    rng = np.random.default_rng(7)
+    g = builder()
+    x, w, one = g.input("x", "batch", 3, K), g.const("w", rng.standard_normal(K)), g.const("one", np.ones(()))
+    norms = g.op("Mul", g.op("Tanh", x), g.op("Add", w, one)), g.op("Mul", g.op("Sigmoid", x), w)
+    weight = g.const("q.weight.T", rng.standard_normal((K, K)))
+    model = g.model(*(g.op("MatMul", h, weight, site="q", out=f"y{at}") for at, h in enumerate(norms)))
+    x, adapted = rng.standard_normal((2, 3, K)).astype(np.float32), Adapter("vefa", {"q": edit()})
+    plan = make_plan(model, adapted)
+    assert plan.count(NORM) == 1
+    expected = run(apply_adapter(model, adapted, make_plan(model, adapted, placement="side-op")), x)
+    assert close(run(apply_adapter(model, adapted, plan), x), expected)
+
+
+def test_a_scale_that_is_an_output_of_the_graph_stays(builder):
+    g = builder()
+    scale = g.op("Add", g.const("w", np.arange(float(K))), g.const("one", np.ones(())), out="scale")
+    h = g.op("Mul", g.op("Tanh", g.input("x", "batch", 3, K)), scale)
+    model = g.model(g.op("MatMul", h, g.const("q.weight.T", np.eye(K)), site="q", out="y"), scale)
+    adapted = Adapter("vefa", {"q": edit()})
+    rewritten = apply_adapter(model, adapted, make_plan(model, adapted))
+    x = np.ones((2, 3, K), np.float32)
+    assert np.array_equal(run(rewritten, x)["scale"], run(model, x)["scale"])

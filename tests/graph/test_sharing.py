@@ -88,9 +88,11 @@ def test_a_module_with_two_weights_or_two_ways_to_read_one_is_no_site(builder):
         g.op("MatMul", g.op("MatMul", x, w, site="two weights"), other, site="two weights"),
         g.op("Gemm", g.op("Gemm", x, w, site="both ways", transB=1), w, site="both ways", transB=0),
         g.op("Gemm", g.op("Gemm", x, w, site="two α"), w, site="two α", alpha=2.0),
+        g.op("MatMul", g.op("MatMul", x, w, site="turned"), g.op("Transpose", w, perm=[1, 0]), site="turned"),
         g.op("MatMul", x, w, site="site"),
+        g.op("MatMul", g.op("MatMul", x, w, site="same"), g.op("Identity", w), site="same"),
     ]
-    assert list(find_sites(g.model(*y))) == ["site"]
+    assert list(find_sites(g.model(*y))) == ["site", "same"]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

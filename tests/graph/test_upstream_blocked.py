@@ -31,8 +31,7 @@ class Blocked:
         else:
             h = g.op("MatMul", x, self.draw("p.weight.T", K, K), site="p")
         h, *others = between(self, h)
-        self.feeds["w"] = rng.standard_normal((K, 2)).astype(np.float32)
-        self.model = g.model(g.op("MatMul", h, g.input("w", K, 2), site="q", out="y"), *others)
+        self.model = g.model(self.site("q", h, out="y"), *others)
 
     def draw(self, name, *shape):
         return self.g.const(name, self.rng.standard_normal(shape))
@@ -53,9 +52,13 @@ class Blocked:
         self.g.nodes.append(node)
         return node.outputs
 
-    def planned(self, *, lam=LAM, delta=None):
+    def site(self, name, h, out):
+        self.feeds[f"{name}.weight"] = self.rng.standard_normal((K, 2)).astype(np.float32)
+        return self.g.op("MatMul", h, self.g.input(f"{name}.weight", K, 2), site=name, out=out)
+
+    def planned(self, *sites):
         """(the plan's edit, what its graph is off by, what the base is off by): relative to the side op."""
-        adapter = Adapter("vefa", {"q": Edit(lam=lam, delta=delta)})
+        adapter = Adapter("vefa", {name: Edit(lam=LAM) for name in ("q", *sites)})
         plan = make_plan(self.model, adapter)
         graphs = [
             apply_adapter(self.model, adapter, make_plan(self.model, adapter, placement="side-op")),
@@ -179,3 +182,36 @@ def test_parts_that_nothing_reads_or_that_stay_do_not_block(builder):
 
     edit, off, base = Blocked(builder, widened, start="layer").planned()
     assert edit.placement == PRODUCER and off <= ROUNDING < base
+
+
+def turned(case, x):
+    """The weight of one layer and its transpose as that of another, both with one edit after them."""
+    w = case.draw("shared.weight", K, K)
+    first = case.g.op("MatMul", x, w, site="first")
+    second = case.g.op("MatMul", case.g.op("Tanh", x), case.g.op("Transpose", w, perm=[1, 0]), site="second")
+    return first, case.site("k", second, out="y_k")
+
+
+def both_ways(case, x):
+    w = case.draw("shared.weight", K, K)
+    rows = case.g.op("Reshape", x, case.numbers("flat", B * S, K))
+    first = case.g.op("MatMul", x, w, site="first")
+    second = case.g.op("Gemm", rows, w, site="second", transB=1)
+    return first, case.site("k", second, out="y_k")
+
+
+@pytest.mark.parametrize("between", [turned, both_ways])
+def test_a_square_weight_that_is_read_in_two_ways_takes_no_fold(builder, between):
+    edit, off, base = Blocked(builder, between).planned("k")
+    assert edit.placement == SIDE_OP and "layer before shares its weight" in edit.reason
+    assert off <= ROUNDING < base
+
+
+def test_a_bias_that_is_wider_than_its_layer_takes_no_fold(builder):
+    def between(case, h):
+        one = case.g.op("MatMul", h, case.draw("v.weight.T", K, 1), site="v")
+        return [case.g.op("Add", one, case.draw("v.bias", K), site="v")]
+
+    edit, off, base = Blocked(builder, between).planned()
+    assert edit.placement == SIDE_OP and "wider than its output" in edit.reason
+    assert off <= ROUNDING < base
