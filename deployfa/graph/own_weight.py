@@ -170,6 +170,9 @@ def scale_weight(graph: ir.Graph, site: Site, which: Axis, factor: Array) -> Non
         assert axis is not None  # why_not_scaled has looked
         stored = cast_once(scales.scaled(axis, factor), scales.dtype, site.path)
         set_operand(graph, [scales.node], scales.index, stored, name=f"{site.path}.weight_scale")
+        if scales.form == "product":
+            # one scale may have become one for each output
+            scales.node.outputs[0].shape = ir.Shape(stored.shape)
 
 
 def set_bias(graph: ir.Graph, site: Site, use: Use, bias: Array) -> None:

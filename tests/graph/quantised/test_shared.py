@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -142,3 +143,21 @@ def test_zero_points_lie_as_they_broadcast(made, shape):
     edits, off, base = made.planned({"v": Edit(delta=lam())}, y)
     assert edits["v"].placement == OWN_WEIGHT
     assert off <= ROUNDING < base
+
+
+def test_one_scale_of_an_integer_product_becomes_one_for_each_output(made):
+    """Also in what the graph says of its shapes: ONNX refuses a file that contradicts itself."""
+    quantizer = ir.node("DynamicQuantizeLinear", [made.feed("x", B, S, K)], num_outputs=3)
+    for name, value in zip(("q", "s", "z"), quantizer.outputs, strict=True):
+        value.name, value.type = name, ir.TensorType(made.g.onnx if name == "s" else ir.DataType.UINT8)
+    made.g.nodes.append(quantizer)
+    q, scale, zero = quantizer.outputs
+    weight = made.integers("v.q", made.rng.integers(-100, 100, (K, K)).astype(np.int8))
+    product = made.g.op("MatMulInteger", q, weight, zero, site="v")
+    product.type = ir.TensorType(ir.DataType.INT32)
+    scales = made.g.op("Mul", scale, made.g.const("v.s", np.array(0.013)), site="v")
+    v = made.g.op("Mul", made.g.op("Cast", product, to=1, site="v"), scales, site="v")
+    model, adapter = made.g.model(made.reader("o", v)), Adapter("vefa", {"o": Edit(lam=lam())})
+    plan = make_plan(model, adapter)
+    assert plan.count(PRODUCER) == 1
+    onnx.checker.check_model(ir.to_proto(apply_adapter(model, adapter, plan)), full_check=True)
