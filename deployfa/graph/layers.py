@@ -12,10 +12,17 @@ from deployfa.graph.views import constant
 from deployfa.graph.weights import Layout, Weight, read_weight
 from deployfa.naming import SCOPES, module_path_of
 
-__all__ = ["Axis", "Use", "layers", "module_path", "read_layer"]
+__all__ = ["LAYERS", "Axis", "Use", "layers", "module_path", "read_layer"]
 
 #: The features that go into a layer (k), or those that come out of it (d).
 Axis = Literal["in", "out"]
+#: The operators that can run one.
+LAYERS = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"),
+        *("QGemm", "QLinearConv", "QLinearMatMul"),
+    }
+)
 _CONV: dict[str, Layout] = {"Conv": "conv", "ConvTranspose": "conv transpose", "QLinearConv": "conv"}
 
 

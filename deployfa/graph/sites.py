@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.errors import SiteError
-from deployfa.graph.layers import Use, layers, module_path
+from deployfa.graph.layers import LAYERS, Use, layers, module_path
 from deployfa.graph.weights import Layout, Weight, canonical
 from deployfa.naming import TRANSPOSED
 
@@ -128,5 +128,5 @@ def _inside_subgraphs(model: ir.Model) -> set[str]:
     return {
         path
         for node in model.graph.all_nodes()
-        if node.graph is not model.graph and node.op_type in {"MatMul", "Gemm", "Conv"} and (path := module_path(node))
+        if node.graph is not model.graph and node.op_type in LAYERS and (path := module_path(node))
     }

@@ -276,6 +276,22 @@ def test_a_site_inside_a_branch_is_refused(builder, truth):
     assert equal(truth, y, truth.edit(("lam",), 4, 4), W2, x=-X)
 
 
+def test_a_site_that_also_runs_inside_a_branch_is_refused(builder):
+    """Whatever operator runs it: an edit cannot follow it there."""
+    g, inner = builder(), builder()
+    x, w = g.input("x", 3, 4, 2), g.const("w", W[..., None])
+    y = g.op("ConvTranspose", x, w, site="a", out="y")
+    then = inner.op("ConvTranspose", x, w, site="a", out="then")
+    then.shape = ir.Shape((3, 4, 2))
+    branch = [ir.Graph([], [then], nodes=inner.nodes, name="then", opset_imports={"": 20})]
+    other = builder()
+    other.op("Neg", x, out="else").shape = ir.Shape((3, 4, 2))
+    branch.append(ir.Graph([], [other.nodes[0].outputs[0]], nodes=other.nodes, name="else", opset_imports={"": 20}))
+    z = g.op("If", g.input("cond", dtype=ir.DataType.BOOL), then_branch=branch[0], else_branch=branch[1], out="z")
+    with pytest.raises(SiteError, match="site 'a' not found"):
+        make_plan(g.model(y, z), Adapter("vefa", {"a": Edit(lam=W[0])}))
+
+
 def test_an_empty_edit_changes_nothing(builder, as_bytes):
     g = builder()
     model = g.model(g.op("MatMul", g.input("x", 3, 4), g.const("w", W.T), site="a", out="y"))
