@@ -8,7 +8,6 @@ written onto the nodes as module paths, after which the graph is as good as an e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from onnx_ir.passes.common.shape_inference import infer_shapes
 
 from deployfa.edits import Array, Float64
 from deployfa.errors import BaseMismatchError, SiteError
+from deployfa.graph.calls import calls_of, modules, scope_of
 from deployfa.graph.layers import Use, layers, module_path
 from deployfa.graph.weights import canonical
 from deployfa.naming import SCOPES, same_path
@@ -67,6 +67,7 @@ def locate_sites(
     """
     result = _with_shapes(model.clone())
     found_layers = _Layers(layers(result.graph))
+    called = modules(found_layers.uses)
     located: list[Located] = []
     for site, size in wanted.items():
         read = (base or {}).get(site)
@@ -77,6 +78,8 @@ def locate_sites(
                 f"site '{site}' was found by {how}, but its weight is not the base model's; pass the graph of that "
                 "base, or leave --model out"
             )
+        if site not in (named or {}):
+            uses = calls_of(site, uses, found_layers.uses, called)
         located.append(Located(site, tuple(uses), how))
     _check_apart(located)
     for each in located:
@@ -127,7 +130,7 @@ class _Layers:
         self.uses = uses
         self.by_path = self._index((module_path(use.node), use) for use in uses)
         self.by_weight = self._index((_parameter(use.weight.name), use) for use in uses)
-        self.by_node = self._index((_scope(use.node.name or ""), use) for use in uses)
+        self.by_node = self._index((scope_of(use), use) for use in uses)
         self.by_bias = self._index(
             ((use.bias.name if use.bias is not None else "").removesuffix(".bias"), use)
             for use in uses
@@ -261,11 +264,3 @@ def _parameter(name: str) -> str:
             if name.endswith(suffix):
                 name, stripped = name.removesuffix(suffix), True
     return name
-
-
-def _scope(name: str) -> str:
-    """``/encoder/layer.0/dense/MatMul`` → ``encoder.layer.0.dense``: the module's part of a node's name."""
-    if "/" not in name:
-        return ""
-    parts = [part for part in name.split("/") if part]
-    return re.sub(r"\.+", ".", ".".join(parts[:-1]))

@@ -211,3 +211,49 @@ def test_a_layer_that_is_called_twice_is_one_site(builder, w):
     located, (found,) = locate_sites(g.model(y), {"fc": (4, 4)})
     assert found.nodes == ["node_0", "node_1"]
     assert len(find_sites(located)["fc"].uses) == 2
+
+
+def called(builder, *calls):
+    """One layer after the other: (name of the weight, W (d, k), name of the node); weights of one name are one."""
+    g = builder()
+    value, stored = g.input("x", 2, 4), {}
+    for number, (name, w, node) in enumerate(calls):
+        weight = stored.setdefault(name, None) or g.const(name, w.T)
+        stored[name] = weight
+        value = g.op("MatMul", value, weight, out=f"y{number}")
+        g.nodes[-1].name = node
+    return g.model(value)
+
+
+def test_calls_that_the_exporter_numbered(builder, w):
+    """As the legacy exporter names them: only the first has the module's own name."""
+    numbered = ["/b/fc/MatMul", "/b/fc_1/MatMul", "/b_1/fc_2/MatMul"]
+    model = called(builder, *(("onnx::MatMul_1", w[0], node) for node in numbered), ("o", w[1], "/b/fc_3/MatMul"))
+    for site in ("b.fc", "model.b.fc"):
+        assert how(model, [site]) == {site: ("node name 'b.fc'", "onnx::MatMul_1", *numbered)}
+    assert len(find_sites(locate_sites(model, {"b.fc": None})[0])["b.fc"].uses) == 3
+    # without a first there is nothing to count from
+    apart = called(builder, ("one", w[0], "/fc_1/MatMul"), ("one", w[0], "/fc_2/MatMul"))
+    assert how(apart, ["fc_1"]) == {"fc_1": ("node name 'fc_1'", "one", "/fc_1/MatMul")}
+
+
+def test_calls_with_a_copy_of_the_weight_each(builder, w):
+    model = called(builder, ("one", w[0], "/fc/MatMul"), ("two", w[0], "/fc_1/MatMul"))
+    with pytest.raises(SiteError, match=r"'fc' runs several times, each with its own copy of one weight \(one, two\)"):
+        how(model, ["fc"])
+    assert how(model, ["fc"], named={"fc": "one"})["fc"][2:] == ("/fc/MatMul",)
+    apart = called(builder, ("one", w[0], "/fc/MatMul"), ("two", w[1], "/fc_1/MatMul"))
+    assert how(apart, ["fc"])["fc"][2:] == ("/fc/MatMul",)
+
+
+def test_two_modules_with_one_weight(builder, w):
+    """Tied, or merged because equal: the weight goes by the first's name, the nodes say whose they are."""
+    model = called(builder, ("a.fc.weight", w[0], "/a/fc/MatMul"), ("a.fc.weight", w[0], "/b/fc/MatMul"))
+    for options in ({}, {"base": {"a.fc": lambda: w[0], "b.fc": lambda: w[0]}}):
+        assert how(model, ["a.fc", "b.fc"], **options) == {
+            "a.fc": ("initializer name 'a.fc'", "a.fc.weight", "/a/fc/MatMul"),
+            "b.fc": ("node name 'b.fc'", "a.fc.weight", "/b/fc/MatMul"),
+        }
+    other = called(builder, ("a.fc.weight", w[0], "/x/fc/MatMul"), ("a.fc.weight", w[0], "/y/fc/MatMul"))
+    with pytest.raises(SiteError, match=r"'a\.fc' has the weight of several modules: x\.fc, y\.fc; name the weight"):
+        how(other, ["a.fc"])
