@@ -64,8 +64,10 @@ def _wanted(use: Use, edit: Edit) -> Carried:
     if value.shape is None:
         raise Blocked("the shape of the input is not known")
     rank = len(value.shape)
-    shape = [1] * rank
-    shape[1 if use.convolves else rank - 1] = k
+    shape, axis = [1] * rank, 1 if use.convolves else rank - 1
+    if isinstance(value.shape[axis], int) and value.shape[axis] != k:
+        raise Blocked("the shape of the input does not fit the weight")
+    shape[axis] = k
     factor = np.ones(k) if edit.lam is None else 1.0 + edit.lam.astype(np.float64)
     shift = None if edit.delta is None else edit.delta.astype(np.float64).reshape(shape)
     return Carried(factor.reshape(shape), shift)

@@ -215,3 +215,14 @@ def test_a_bias_that_is_wider_than_its_layer_takes_no_fold(builder):
     edit, off, base = Blocked(builder, between).planned()
     assert edit.placement == SIDE_OP and "wider than its output" in edit.reason
     assert off <= ROUNDING < base
+
+
+def test_a_graph_that_contradicts_itself_takes_no_fold(builder):
+    """Planned only: such a graph cannot run, but a plan says so in a line."""
+
+    def between(case, h):
+        one = case.g.op("Slice", h, *(case.numbers(name, at) for name, at in (("start", 0), ("end", 1), ("axis", 2))))
+        return [case.g.op("Reshape", one, case.numbers("shape", 0, S, 1))]
+
+    plan = make_plan(Blocked(builder, between).model, Adapter("vefa", {"q": Edit(lam=LAM)}))
+    assert "the shape of the input does not fit the weight" in plan.edits[0].reason
