@@ -96,7 +96,8 @@ def _expand(graph: ir.Graph, node: ir.Node) -> ir.Node:
     """
     inputs = list(node.inputs)
     conv, gemm = node.op_type == "QLinearConv", node.op_type == "QGemm"
-    out_axis = 0 if conv or node.attributes.get_int("transB", 0) != 0 else 1
+    # the last: a QLinearMatMul may hold many matrices
+    out_axis = 0 if conv or node.attributes.get_int("transB", 0) != 0 else -1
     float_type = ir.TensorType(_scale_dtype(inputs[1]))
     built: list[ir.Node] = []
 

@@ -161,3 +161,21 @@ def test_one_scale_of_an_integer_product_becomes_one_for_each_output(made):
     plan = make_plan(model, adapter)
     assert plan.count(PRODUCER) == 1
     onnx.checker.check_model(ir.to_proto(apply_adapter(model, adapter, plan)), full_check=True)
+
+
+def test_many_matrices_with_a_scale_for_each_column(made):
+    """Spelled out in floats for a side op: an adapter of nothing changes nothing."""
+    g, rng = made.g, made.rng
+    scales = {name: g.const(name, np.array(0.02)) for name in ("x_scale", "y_scale")}
+    zero = made.integers("zero", np.array(128, np.uint8))
+    q = g.op("QuantizeLinear", made.feed("x", B, S, K), scales["x_scale"], zero)
+    weight = made.integers("e.q", rng.integers(-100, 100, (B, K, K)).astype(np.int8))
+    columns = g.const("w_scale", rng.uniform(0.01, 0.02, K)), made.integers("w_zero", np.zeros(K, np.int8))
+    y = g.op("QLinearMatMul", q, scales["x_scale"], zero, weight, *columns, scales["y_scale"], zero, site="e")
+    q.type = y.type = ir.TensorType(ir.DataType.UINT8)
+    model = g.model(g.op("DequantizeLinear", y, scales["y_scale"], zero, out="y"))
+    adapter = Adapter("vefa", {"e": Edit(lam=np.zeros(K, np.float32))})
+    plan = make_plan(model, adapter)
+    assert plan.count(SIDE_OP) == 1
+    expected, found = (evaluate(graph, [made.feeds])[0]["y"] for graph in (model, apply_adapter(model, adapter, plan)))
+    assert np.array_equal(found, expected)
