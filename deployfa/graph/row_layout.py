@@ -162,6 +162,13 @@ def _check(site: Site, edit: Edit) -> None:
         raise PlanError(f"site '{path}' is quantised; pack adapters of a floating-point base")
     if site.weight.dtype != ir.DataType.FLOAT:
         raise PlanError(f"site '{path}' is {site.weight.dtype}; tables are float32 on a float32 base")
+    for use in site.uses:
+        shape = use.input.shape
+        if shape is None or not len(shape) or isinstance(shape[0], int):
+            raise PlanError(
+                f"site '{path}' reads what is the same for every row of a batch ({use.input.name}, such as positions), "
+                "so its rows cannot differ; export a bundle for it"
+            )
     if edit.delta is not None and any(use.pads_first for use in site.uses):
         raise PlanError(f"site '{path}': its module pads with zeros, which δ must not reach; train without δ")
     if edit.output_low_rank is not None and site.convolves and not _pointwise(site):

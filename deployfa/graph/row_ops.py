@@ -201,8 +201,7 @@ class _RowOps:
             return value, False
         first = shape[0]
         rank = len(shape)
-        # a first axis of 1 is no batch: it broadcasts, and the result has one
-        alone = first == 1 or (isinstance(first, ir.SymbolicDim) and str(first.value) == self.batch)
+        alone = isinstance(first, ir.SymbolicDim) and str(first.value) == self.batch
         if rank == 3 and alone:
             return value, False
         if id(value) not in self._rows_of:
