@@ -29,6 +29,8 @@ __all__ = ["MAX_ADAPTERS", "AdapterInfo", "AdapterTable"]
 
 #: For how many adapters a table reserves address space if nobody says.
 MAX_ADAPTERS = 65_536
+#: Rows beside two for each adapter: the base's, and some for a table of few adapters that are replaced often.
+_SPARE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,10 @@ class AdapterTable:
         if max_adapters is not None and max_adapters < 1:
             raise InputError(f"max_adapters is {max_adapters}; pass 1 or more")
         self._layout = layout
-        # twice as many rows: a row that was replaced cannot be reused while somebody reads it
-        wanted = 2 * ((max_adapters or MAX_ADAPTERS) + 1)
-        self._memory = RowMemory(layout.shapes(), wanted, wanted if max_adapters is None else max_adapters + 2)
-        self._max_adapters = max_adapters or self._memory.rows // 2 - 1
+        # more than twice as many rows: one that was replaced cannot be reused while somebody reads it
+        wanted = 2 * (max_adapters or MAX_ADAPTERS) + _SPARE_ROWS
+        self._memory = RowMemory(layout.shapes(), wanted, (max_adapters or 1) + 2)
+        self._max_adapters = max_adapters or min(MAX_ADAPTERS, max(1, (self._memory.rows - _SPARE_ROWS) // 2))
         self._memory.write(0, base)
         self._base = self._memory.row(0)
         self._base_labels = tuple(labels)
