@@ -84,8 +84,16 @@ class AdapterTable:
         self._changing = threading.RLock()
 
     @classmethod
-    def from_fleet(cls, fleet: Fleet, *, max_adapters: int | None = None) -> AdapterTable:
+    def from_fleet(
+        cls,
+        fleet: Fleet,
+        *,
+        weights: Mapping[str, Callable[[], Array]] | None = None,
+        max_adapters: int | None = None,
+    ) -> AdapterTable:
         """All adapters of ``fleet`` under their names; the file is read once, and not needed any more.
+
+        ``weights``: what ``row_of`` needs for some LoRFAs that are added later.
 
         Raises ``AdapterFormatError`` if it holds a number that is not finite or a base that is none, and
         ``InputError`` if it was changed since it was opened or has more than ``max_adapters``.
@@ -96,9 +104,9 @@ class AdapterTable:
                 f"'{fleet.path}' has {others} adapters, max_adapters is {max_adapters}; pass {others} or more"
             )
         base, labels = fleet.base(), fleet.members[0].labels
-        table = cls(fleet.layout, base, labels=labels, max_adapters=max_adapters)
+        table = cls(fleet.layout, base, labels=labels, weights=weights, max_adapters=max_adapters)
         if table.max_adapters < others:
-            table = cls(fleet.layout, base, labels=labels, max_adapters=others)
+            table = cls(fleet.layout, base, labels=labels, weights=weights, max_adapters=others)
         versions = [Version(member, table._history.take()) for member in fleet.members[1:]]
         for name in base:
             # a new table's rows are taken one after the other

@@ -198,7 +198,7 @@ def open_fleet(path: str | Path) -> Fleet:
         identity = _identity(file)
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, _MAX_HEADER_BYTES):
             raise AdapterFormatError(f"'{path}' is not a whole fleet file; copy it again")
         header = file.read(length)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -152,7 +153,8 @@ def _as_placed(
         if part is None:
             continue
         a, b = part.a.astype(np.float64), part.s * part.b.astype(np.float64)
-        a = a.reshape(a.shape[:2]) if a.size == a.shape[0] * a.shape[1] else a
+        # a kernel of one point is none
+        a = a.reshape(a.shape[:2]) if a.size == math.prod(a.shape[:2]) else a
         if where == "output" and low.where == "input":
             raise SiteError(
                 f"site '{site}' has no place for a LoRA here, only for a LoRFA; pack again with this adapter"
@@ -165,7 +167,10 @@ def _as_placed(
                 )
             w = weights[site]().astype(np.float64)
             if w.shape[1:] != b.shape[:1]:
-                raise EditError(f"site '{site}': B {b.shape} does not fit a layer of {w.shape[1]} inputs")
+                raise EditError(
+                    f"site '{site}': B {b.shape} does not fit a layer of {w.shape[1]} inputs; the adapter belongs to "
+                    "another base model"
+                )
             b = w @ b
         parts.append((a, b))
     return parts

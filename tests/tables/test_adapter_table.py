@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.edits import Array, Edit
 from deployfa.errors import BaseMismatchError, DeployfaError, EditError, InputError, SiteError
-from deployfa.tables import AdapterInfo, AdapterTable, Layout, Lease, row_of
+from deployfa.tables import AdapterInfo, AdapterTable, Layout, Lease, LowRanks, open_fleet, row_of
 
 from .tiny import BASE_LABELS, HEAD, METHODS, make_adapter, make_layout
 
@@ -165,6 +166,21 @@ def test_growing_does_not_move_what_readers_hold(make: Make) -> None:
                 assert later.arrays[name].__array_interface__["data"][0] == address
                 assert len(later.arrays[name]) == 3002 and len(lease.arrays[name]) == 2
                 np.testing.assert_array_equal(lease.arrays[name], values)
+
+
+def test_a_lorfa_that_is_added_to_the_output_takes_the_base_s_weights(base: Row, tmp_path: Path) -> None:
+    layout = make_layout(low_ranks=[LowRanks(where="output", sites=["q"], in_features=5, rank=3, widths=[7])], heads=[])
+    base = {name: np.zeros(shape, np.float32) for name, shape in layout.shapes().items()}
+    weights = {"q": lambda: np.arange(35, dtype=np.float32).reshape(7, 5)}
+    adapter = make_adapter("lorfa", edits={"q": make_adapter("lorfa").edits["q"]})
+    with pytest.raises(EditError, match=r"adapter 'a': site 'q' takes a LoRFA as the LoRA .* needs the base's weights"):
+        AdapterTable(layout, base).add("a", adapter)
+    AdapterTable(layout, base).save(tmp_path / "x.fleet")
+    fleet = open_fleet(tmp_path / "x.fleet")
+    for table in (AdapterTable(layout, base, weights=weights), AdapterTable.from_fleet(fleet, weights=weights)):
+        table.add("a", adapter)
+        with table.snapshot() as lease:
+            assert_row(row_in(lease, "a"), row_of(adapter, layout, base, weights=weights))
 
 
 # what fails changes nothing
@@ -444,6 +460,19 @@ def test_a_closed_lease_is_closed(table: AdapterTable) -> None:
     ):
         with pytest.raises(InputError, match=r"the lease is closed, .*; take a new snapshot\(\)"):
             attempt()
+
+
+def test_closing_a_lease_twice_closes_no_other(make: Make) -> None:
+    table = make()
+    row = table.add("a", make_adapter("vefa"))
+    first, second = table.snapshot(), table.snapshot()
+    first.close()
+    first.close()
+    table.remove("a")
+    assert table.add("b", make_adapter("vefa")) != row
+    second.close()
+    second.close()
+    assert table.add("c", make_adapter("vefa")) == row
 
 
 def test_a_lease_closes_after_an_error_too(make: Make) -> None:

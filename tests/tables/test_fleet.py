@@ -321,6 +321,14 @@ def reach_over(header: dict[str, Any]) -> None:
     header["adapter/k/B"]["data_offsets"] = [begin - 4, end - 4]
 
 
+def move_border(header: dict[str, Any]) -> None:
+    """Four bytes of one tensor go to the next: no hole, no overlap, and both of a wrong length."""
+    order = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    (_, first), (_, second) = order[:2]
+    header[first]["data_offsets"][1] += 4
+    header[second]["data_offsets"][0] += 4
+
+
 def add_segment(layout: dict[str, Any]) -> None:
     layout["vectors"][0]["segments"].append({"site": "z", "start": 13, "stop": 10**15})
 
@@ -425,6 +433,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         in_tensor("adapter/classifier/bias", data_offsets=[10**6, 10**6 + 128]),
         "'adapter/classifier/bias' is at 1000000:1000128",
     ),
+    "tensors of wrong lengths": (move_border, "is at 0:"),
     "two tensors on the same bytes": (swap_starts, "is at"),
     "tensors that reach into one another": (reach_over, "is at"),
 }
@@ -472,7 +481,7 @@ def test_numbers_that_begin_in_the_midst_of_one_are_refused(path: Path) -> None:
                 open_fleet(path)
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001, 10**9])
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001, 10**9, 50_000])
 def test_a_header_longer_than_the_file_is_refused(path: Path, length: int) -> None:
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(AdapterFormatError, match="is not a whole fleet file; copy it again"):

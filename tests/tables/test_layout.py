@@ -44,7 +44,7 @@ def test_each_site_has_the_parts_that_the_layout_gives_it(layout: Layout) -> Non
     assert layout.sites() == {
         "q": {"lambda", "A"},
         "k": {"delta", "out_lambda", "A"},
-        "up": {"lambda", "delta", "out_A"},
+        "up": {"lambda", "delta", "A"},
         "classifier": {"weight"},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,6 +13,7 @@ import pytest
 from deployfa.errors import InputError
 from deployfa.tables.memory import RowMemory
 
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 SHAPES = {"a": (5,), "b": (2, 3), "c": (1,)}
 
 
@@ -94,6 +96,15 @@ def test_reserving_under_a_limit_of_address_space() -> None:
     assert 1024 <= rows < 6144
     # nothing of it was committed
     assert peak_kb < 200_000
+
+
+@pytest.mark.skipif(
+    not OVERCOMMIT.is_file() or OVERCOMMIT.read_text().strip() == "2", reason="the system promises no more than it has"
+)
+def test_more_than_the_machine_has_is_reserved_at_once() -> None:
+    """A terabyte: address space is no claim on memory."""
+    memory = RowMemory({"a": (1 << 18,)}, 1 << 20, 1)
+    assert memory.rows == 1 << 20 and memory.row_bytes == 1 << 20
 
 
 def test_what_is_not_written_costs_nothing() -> None:

@@ -139,6 +139,57 @@ def test_what_an_adapter_does_not_bring_is_the_base(layout: Layout, base: Row, m
     check_row(layout, row)
 
 
+# a LoRFA that is added to the output
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a LoRA"])
+def test_a_lorfa_becomes_a_lora_where_the_layout_adds_to_the_output(base: Row, beside: bool) -> None:
+    layout = make_layout(low_ranks=[LowRanks(where="output", sites=["up"], in_features=8, rank=4, widths=[3])])
+    rng = np.random.default_rng(5)
+    edit = Edit(
+        lam=draw(rng, 8),
+        input_low_rank=LowRank(draw(rng, 2, 8), draw(rng, 8, 2), 0.75),
+        output_low_rank=LowRank(draw(rng, 1, 8), draw(rng, 3, 1), 0.5) if beside else None,
+    )
+    weight, bias, x = problem("up")
+    row = row_of(make_adapter("mixture", edits={"up": edit}), layout, base, weights={"up": lambda: weight})
+    assert edit.input_low_rank is not None
+    # s W B is rounded where s B was: the same products, so the same bound
+    error = np.abs(answer(layout, row, "up", weight, bias, x) - expected(edit, weight, bias, x))
+    assert (error <= bound(edit, weight, bias, x)).all()
+    assert not row["adapter/up/out_A"][:, 3 if beside else 2 :].any()
+    other = row_of(make_adapter("mixture", edits={"up": edit}), layout, base, weights={"up": lambda: weight * 1.001})
+    error = np.abs(answer(layout, other, "up", weight, bias, x) - expected(edit, weight, bias, x))
+    assert (error > bound(edit, weight, bias, x)).any()
+
+
+def test_two_low_ranks_of_one_site_share_its_room(base: Row) -> None:
+    layout = make_layout(low_ranks=[LowRanks(where="output", sites=["up"], in_features=8, rank=2, widths=[3])])
+    edit = Edit(
+        input_low_rank=LowRank(np.ones((2, 8)), np.ones((8, 2)), 1.0),
+        output_low_rank=LowRank(np.ones((1, 8)), np.ones((3, 1)), 1.0),
+    )
+    with pytest.raises(EditError, match=r"site 'up': the adapter has rank 3, the table has room for 2; .*--max-rank 3"):
+        row_of(make_adapter("mixture", edits={"up": edit}), layout, base, weights={"up": lambda: np.ones((3, 8))})
+
+
+@pytest.mark.parametrize(("shape", "says"), [((3, 7), "layer of 7 inputs; "), ((4, 8), "do not fit 8 → 3 features; ")])
+def test_weights_that_do_not_fit(base: Row, shape: tuple[int, int], says: str) -> None:
+    layout = make_layout(low_ranks=[LowRanks(where="output", sites=["up"], in_features=8, rank=2, widths=[3])])
+    edit = Edit(input_low_rank=LowRank(np.ones((2, 8)), np.ones((8, 2)), 1.0))
+    with pytest.raises(EditError, match=f"site 'up': .*{says}"):
+        row_of(make_adapter("lorfa", edits={"up": edit}), layout, base, weights={"up": lambda: np.ones(shape)})
+
+
+def test_a_kernel_of_one_point_is_none(layout: Layout, base: Row) -> None:
+    rng = np.random.default_rng(0)
+    a, b = draw(rng, 2, 8), draw(rng, 3, 2)
+    flat = row_of(make_adapter("lora", edits={"up": Edit(output_low_rank=LowRank(a, b, 1.0))}), layout, base)
+    conv = LowRank(a.reshape(2, 8, 1, 1), b, 1.0)
+    row = row_of(make_adapter("lora", edits={"up": Edit(output_low_rank=conv)}), layout, base)
+    assert all(np.array_equal(row[name], flat[name]) for name in flat)
+
+
 def test_segments_go_to_their_own_sites(layout: Layout, base: Row) -> None:
     adapter = make_adapter("vefa")
     lam = row_of(adapter, layout, base)["adapter/lambda"]
@@ -280,15 +331,21 @@ REFUSED: dict[str, tuple[dict[str, Any], type[DeployfaError], str]] = {
         SiteError,
         "site 'q' has no place for 'delta' here, only for: A, lambda; pack again with this adapter",
     ),
-    "no place for a low rank": (
+    "LoRFA where LoRA goes": (
         {"edits": {"up": Edit(input_low_rank=low(ONE((1, 8)), ONE((8, 1))))}},
-        SiteError,
-        "site 'up' has no place for 'A'",
+        EditError,
+        "site 'up' takes a LoRFA as the LoRA that equals it, which needs the base's weights; make it with: deployfa",
+    ),
+    "a flat A": ({"edits": {"q": Edit(input_low_rank=low(ONE(5), ONE((5, 1))))}}, EditError, "site 'q': A (5,) and B"),
+    "a flat B": (
+        {"edits": {"q": Edit(input_low_rank=low(ONE((1, 5)), ONE(5)))}},
+        EditError,
+        "site 'q': A (1, 5) and B (5,) do not fit 5 → 5 features",
     ),
     "LoRA where LoRFA goes": (
         {"edits": {"q": Edit(output_low_rank=low(ONE((1, 5)), ONE((7, 1))))}},
         SiteError,
-        "site 'q' has no place for 'out_A'",
+        "site 'q' has no place for a LoRA here, only for a LoRFA; pack again with this adapter",
     ),
     "NaN": ({"edits": {"q": Edit(lam=NAN)}}, EditError, "site 'q': lambda holds NaN, infinity"),
     "infinity": ({"edits": {"k": Edit(output_scale=ONE(6) * np.inf)}}, EditError, "site 'k': out_lambda holds NaN"),
@@ -446,6 +503,11 @@ def test_another_base_on_request(layout: Layout, base: Row, base_name: str) -> N
     ours = row_of(make_adapter("vefa"), layout, base)
     row = row_of(adapter, layout, base, allow_mismatch=True)
     assert all(np.array_equal(row[name], ours[name]) for name in ours)
+
+
+def test_a_refusal_without_a_place_for_any_low_rank(base: Row) -> None:
+    with pytest.raises(SiteError, match="site 'q' has no place for 'A' here, only for: lambda; pack again"):
+        row_of(make_adapter("lorfa"), make_layout(low_ranks=[]), base)
 
 
 def test_any_of_the_layouts_bases_will_do(layout: Layout, base: Row) -> None:

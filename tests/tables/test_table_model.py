@@ -159,6 +159,8 @@ class TableAndDict(RuleBasedStateMachine):
         history = self.table._history
         assert sorted([*history._free, *owned]) == list(range(history._top))
         assert history._newest.keys() == self.model.keys() and not history._retired and not history._leases
+        # and no past is kept that nobody can ask for
+        assert all(version.older is None for version in history._newest.values())
 
 
 def run(**options: Any) -> None:

@@ -163,10 +163,9 @@ def written_in_place(self: AdapterTable, name: str, adapter: Adapter, *, allow_m
 
 
 def released_at_once(self: History) -> list[int]:
+    """The names of a lease stay, so that only the numbers can tell."""
     versions = list(self._retired)
     self._retired.clear()
-    for version in versions:
-        self._forget(version)
     return [version.row for version in versions]
 
 
@@ -197,6 +196,28 @@ def test_the_readers_notice(
     wrong, _, _ = hammer(table, 20.0)
     # what the readers saw, not an exception of the fault itself
     assert any("a torn row" in text or "the row of another one" in text or "under a lease" in text for text in wrong)
+
+
+def test_threads_do_not_add_more_than_there_is_room_for() -> None:
+    base = base_row(LAYOUT, {"head": (np.zeros((2, 4), np.float32), None)})
+    table = AdapterTable(LAYOUT, base, max_adapters=3)
+    adapter = marked(1, 0)
+    refused: list[str] = []
+    start = threading.Barrier(8)
+
+    def add(number: int) -> None:
+        start.wait()
+        try:
+            table.add(f"n{number}", adapter)
+        except InputError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(table) == 4 and len(refused) == 5 and all("full with 3" in text for text in refused)
 
 
 def test_of_threads_that_add_one_name_one_wins(table: AdapterTable) -> None:
