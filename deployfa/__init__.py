@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from deployfa.edits import Edit, LowRank
     from deployfa.errors import DeployfaError
     from deployfa.graph import Plan, apply_adapter, make_plan
+    from deployfa.mixed import MixedRunner, open_table
     from deployfa.parity import ParityReport
     from deployfa.pipeline import export, plan_adapter
     from deployfa.predict import Answer, Predictor
+    from deployfa.tables import AdapterTable
     from deployfa.train import TrainReport
     from deployfa.training.capture import capture
     from deployfa.training.tuners import LoRFAConfig, VeFAConfig
 
 _HOMES = {
     "Adapter": "adapter",
+    "AdapterTable": "tables",
     "Answer": "predict",
     "BaseReference": "adapter",
     "BenchReport": "bench",
@@ -38,6 +41,7 @@ _HOMES = {
     "LoRFAConfig": "training.tuners",
     "LowRank": "edits",
     "Manifest": "bundle",
+    "MixedRunner": "mixed",
     "ParityReport": "parity",
     "Plan": "graph",
     "Predictor": "predict",
@@ -49,11 +53,13 @@ _HOMES = {
     "export": "pipeline",
     "export_delta": "delta",
     "make_plan": "graph",
+    "open_table": "mixed",
     "plan_adapter": "pipeline",
 }
 
 __all__ = [
     "Adapter",
+    "AdapterTable",
     "Answer",
     "BaseReference",
     "BenchReport",
@@ -65,6 +71,7 @@ __all__ = [
     "LoRFAConfig",
     "LowRank",
     "Manifest",
+    "MixedRunner",
     "ParityReport",
     "Plan",
     "Predictor",
@@ -77,6 +84,7 @@ __all__ = [
     "export",
     "export_delta",
     "make_plan",
+    "open_table",
     "plan_adapter",
 ]
 
