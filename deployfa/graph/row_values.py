@@ -11,10 +11,10 @@ import onnx_ir as ir
 from deployfa.graph.nodes import Nodes
 from deployfa.graph.tensors import add_initializer
 from deployfa.tables import Layout
+from deployfa.tables.layout import STRENGTH
 
 __all__ = ["ADAPTERS", "STRENGTH", "RowValues", "SlotValues", "TableValues"]
 
-STRENGTH = "adapter_strength"
 #: The name of a table's first axis.
 ADAPTERS = "adapters"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,11 +74,17 @@ def _check_external(path: Path, folder: Path, tensor: ir.ExternalTensor) -> None
         raise InputError(f"'{path}': weight '{tensor.name}' reaches past the end of '{tensor.location}'; copy it again")
 
 
-def save_graph(model: ir.Model, folder: Path) -> Path:
-    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; ``model`` is not changed."""
+def save_graph(model: ir.Model, folder: Path, *, share_equal: bool = False) -> Path:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; ``model`` is not changed.
+
+    ``share_equal``: tensors of the same numbers, in whichever subgraphs, lie in the data file once.
+    """
     path = folder / GRAPH
     try:
-        ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
+        if share_equal:
+            _save_sharing(model, path)
+        else:
+            ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
     except Exception as error:
         # a large weight is folded as it is written; what is wrong with it arrives wrapped by onnx_ir
         cause: BaseException | None = error
@@ -87,3 +94,34 @@ def save_graph(model: ir.Model, folder: Path) -> Path:
             raise cause from error
         raise
     return path
+
+
+def _save_sharing(model: ir.Model, path: Path) -> None:
+    places: dict[tuple[str, tuple[int, ...], bytes], ir.TensorProtocol] = {}
+    values: list[tuple[ir.Value, ir.TensorProtocol, tuple[str, tuple[int, ...], bytes]]] = []
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= _INSIDE_BYTES or tensor.dtype == ir.DataType.STRING:
+                continue
+            key = tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+            places.setdefault(key, tensor)
+            values.append((value, tensor, key))
+    written = ir.external_data.convert_tensors_to_external(list(places.values()), path.parent, f"{path.name}.data")
+    stored = dict(zip(places, written, strict=True))
+    try:
+        for value, tensor, key in values:
+            there = stored[key]
+            value.const_value = ir.ExternalTensor(
+                there.location,
+                there.offset,
+                there.length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=path.parent,
+            )
+        ir.save(model, path)
+    finally:
+        for value, tensor, _ in values:
+            value.const_value = tensor

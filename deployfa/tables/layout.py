@@ -21,9 +21,12 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["PREFIX", "Head", "Layout", "LowRanks", "Segment", "VectorPart", "Vectors"]
+__all__ = ["ACTIVE", "PREFIX", "STRENGTH", "Head", "Layout", "LowRanks", "Segment", "VectorPart", "Vectors"]
 
 PREFIX = "adapter"
+#: Beside a row: how much of it, and, in a graph with an idle branch, whether it runs at all; see ``deployfa.graph``.
+STRENGTH = "adapter_strength"
+ACTIVE = "adapter_active"
 VectorPart = Literal["lambda", "delta", "out_lambda"]
 
 
