@@ -119,10 +119,13 @@ class OnnxRuntimeRunner:
         check_feeds(arrays, (), optional=(*self._all_inputs, *self._slots))
         return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
-    def run(self, feeds: Mapping[str, Array], bound: Mapping[str, Any] | None = None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], bound: Mapping[str, Any] | None = None, *, options: Any = None
+    ) -> dict[str, Array]:
         """One inference: every input, and any slots, by name → every output by name.
 
-        ``bound``, made by ``values``, takes the place of what is bound, for this run only.  Raises
+        ``bound``, made by ``values``, takes the place of what is bound, for this run only; ``options`` is ONNX
+        Runtime's own ``RunOptions``.  Raises
         ``RuntimeTargetError`` on a missing, extra or misshapen feed before the runtime is touched, and with the
         runtime's own words when the run itself fails.
         """
@@ -130,15 +133,15 @@ class OnnxRuntimeRunner:
         held = self._bound if bound is None else bound
         try:
             if self._has_bfloat16 or held:
-                return self._run_values(feeds, held)
-            results = self.session.run(None, dict(feeds))
+                return self._run_values(feeds, held, options)
+            results = self.session.run(None, dict(feeds), options)
         except Exception as error:
             raise RuntimeTargetError(
                 f"onnxruntime failed while running ({_first_line(error)}); check the values fed"
             ) from error
         return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
 
-    def _run_values(self, feeds: Mapping[str, Array], held: Mapping[str, Any]) -> dict[str, Array]:
+    def _run_values(self, feeds: Mapping[str, Array], held: Mapping[str, Any], options: Any) -> dict[str, Array]:
         """The way for what is bound, and for bfloat16, which numpy does not know: its bits travel as uint16 and are
         given their type here."""
         ort = _import_onnxruntime()
@@ -149,7 +152,7 @@ class OnnxRuntimeRunner:
                 values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
             else:
                 values[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-        results = self.session.run_with_ort_values(None, values)
+        results = self.session.run_with_ort_values(None, values, options)
         return {
             spec.name: _bfloat16_array(value) if spec.dtype == "bfloat16" else value.numpy()
             for spec, value in zip(self._outputs, results, strict=True)

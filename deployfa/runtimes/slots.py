@@ -1,0 +1,146 @@
+"""``SlotRunner``: one session whose adapter is a set of inputs, another one at every call if you like.
+
+A swap costs nothing but handing the runtime other tensors: no session is made, no weight is touched.  Two ways give the
+same bits: an ``.onnx_adapter`` file, which ONNX Runtime adds to the run itself, and arrays, which are fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from deployfa.edits import Array
+from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.runtimes.onnx_adapter import read_onnx_adapter
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+from deployfa.runtimes.runner import TensorSpec
+from deployfa.tables import Layout
+from deployfa.tables.checks import check_row
+from deployfa.tables.layout import ACTIVE, STRENGTH
+
+__all__ = ["SlotAdapter", "SlotRunner"]
+
+Current = Literal["current"]
+
+
+@dataclass(frozen=True, eq=False)
+class SlotAdapter:
+    """One row, checked and ready to be run with; made by ``SlotRunner.load``.  ``path``: the file it came from."""
+
+    row: Mapping[str, Array]
+    path: Path | None
+    _values: Mapping[str, Any]
+    _lora: Any
+
+
+class SlotRunner:
+    """A session of a slot graph.  Thread-safe: which adapter runs is an argument of the call.
+
+    layout: what the graph's row inputs hold.  The rest as for ``OnnxRuntimeRunner``.  Raises ``RuntimeTargetError`` for
+    a graph that has no such inputs.
+    """
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        layout: Layout,
+        *,
+        provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+        spinning: bool = True,
+        optimize: bool = True,
+    ) -> None:
+        self._runner = OnnxRuntimeRunner(
+            graph, provider=provider, threads=threads, spinning=spinning, optimize=optimize
+        )
+        self.layout = layout
+        slots = {spec.name for spec in self._runner.slots}
+        missing = sorted({*layout.shapes(), STRENGTH} - slots)
+        if missing:
+            raise RuntimeTargetError(f"the graph has no slot '{missing[0]}'; export it with --slots")
+        self.idle_branch = ACTIVE in slots
+        self._current: SlotAdapter | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` must be fed, the adapter aside."""
+        return self._runner.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._runner.outputs
+
+    def load(self, source: Path | Mapping[str, Array]) -> SlotAdapter:
+        """An adapter from an ``.onnx_adapter`` file, or from a row in memory, which is copied.
+
+        Raises what ``read_onnx_adapter`` raises, and ``EditError`` for arrays that are no row of the layout.
+        """
+        lora = None
+        if isinstance(source, Path):
+            row: Mapping[str, Array] = read_onnx_adapter(source, self.layout, idle_branch=self.idle_branch)
+            lora = _lora(source)
+        else:
+            check_row(self.layout, source)
+            row = {name: np.array(array, order="C") for name, array in source.items()}
+        for array in row.values():
+            array.flags.writeable = False
+        active = {ACTIVE: np.ones(1, np.float32)} if self.idle_branch else {}
+        values = self._runner.values({**row, **active})
+        return SlotAdapter(row, source if isinstance(source, Path) else None, values, lora)
+
+    def swap(self, adapter: SlotAdapter | None) -> SlotAdapter | None:
+        """From now on ``run`` uses ``adapter``, or none, where the call names none; returns the one before.
+
+        Runs that have begun go on with theirs.
+        """
+        before, self._current = self._current, adapter
+        return before
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        adapter: SlotAdapter | Current | None = "current",
+        *,
+        strength: float | None = None,
+    ) -> dict[str, Array]:
+        """One inference with ``adapter``; with ``None`` the base.  ``strength`` in [0, 1]: how much of its features.
+
+        Answers of an adapter with fewer labels than there is room for end in minus infinity.
+        """
+        chosen = self._current if adapter == "current" else adapter
+        assert not isinstance(chosen, str)  # what the type says, for the type checker
+        if chosen is None:
+            if strength is not None:
+                raise InputError("a strength is for an adapter, and none is active; leave it out, or pass an adapter")
+            return self._runner.run(feeds, {})
+        fed = dict(feeds)
+        if strength is not None:
+            if not 0.0 <= strength <= 1.0:
+                raise InputError(f"strength {strength} is not between 0, the base, and 1, the adapter; pass 0.5")
+            fed[STRENGTH] = np.full(1, strength, np.float32)
+        if chosen._lora is None:
+            return self._runner.run(fed, chosen._values)
+        options = _import_onnxruntime().RunOptions()
+        options.add_active_adapter(chosen._lora)
+        return self._runner.run(fed, {}, options=options)
+
+
+def _lora(path: Path) -> Any:
+    adapter = _import_onnxruntime().LoraAdapter()
+    try:
+        adapter.Load(str(path))
+    except Exception as error:  # its exceptions share no base class
+        raise RuntimeTargetError(f"onnxruntime does not load '{path}'; convert the adapter again") from error
+    return adapter
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("onnxruntime", "cpu", "running a graph") from error
+    return onnxruntime
