@@ -26,6 +26,7 @@ from deployfa.bundle.manifest import (
     Optimization,
     Preprocessing,
     Reference,
+    Slots,
     Tables,
     Tensor,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "headed",
     "plan_adapter",
     "reference",
+    "stored_reference",
     "summary",
     "write_bundle",
 ]
@@ -164,12 +166,13 @@ class Content:
     tables: Tables | None = None
     summary: AdapterSummary | None = None
     write: Callable[[Path], None] | None = None
+    slots: Slots | None = None
 
 
 def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
     """Write the directory and open it, which checks it."""
     with write_directory(out, force=force) as folder:
-        save_graph(content.fused, folder)
+        save_graph(content.fused, folder, share_equal=content.slots is not None)
         copy_tokenizer(content.base, folder)
         if content.write is None:
             content.adapter.save(folder / "adapter.safetensors")
@@ -246,18 +249,24 @@ def _manifest(folder: Path, content: Content) -> Manifest:
         optimization=content.optimization,
         fusions=content.fusions,
         preprocessing=Preprocessing(kind="text", max_length=base.max_length),
-        reference=Reference(
-            file=_REFERENCE,
-            kind=GRAPH_TRUTH,
-            rows=sum(len(case.feeds["input_ids"]) for case in content.cases),
-            noise=content.noise.relative,
-            noise_max_abs=content.noise.max_abs,
-        ),
+        reference=stored_reference(_REFERENCE, content.cases, content.noise),
         labels=list(adapter.labels or base.labels),
         versions=versions(),
         files={file.name: sha256_file(file) for file in files},
         warnings=list(base.warnings),
         tables=content.tables,
+        slots=content.slots,
+    )
+
+
+def stored_reference(file: str, cases: Sequence[Case], noise: Noise) -> Reference:
+    """What a manifest says of reference outputs in ``file``."""
+    return Reference(
+        file=file,
+        kind=GRAPH_TRUTH,
+        rows=sum(len(case.feeds["input_ids"]) for case in cases),
+        noise=noise.relative,
+        noise_max_abs=noise.max_abs,
     )
 
 

@@ -68,7 +68,7 @@ class Bundle:
         elif manifest.tables.inputs:
             needed.append(manifest.tables.file or "")
         if manifest.slots is not None:
-            needed.append(manifest.slots.file)
+            needed += [manifest.slots.file, manifest.slots.idle.file]
         optional = (f"{manifest.graph.file}.data", *TOKENIZER_FILES)
         for name in (*needed, *(name for name in optional if (self.path / name).exists())):
             if name not in manifest.files:

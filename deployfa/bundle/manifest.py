@@ -119,13 +119,18 @@ class Slots(msgspec.Struct, frozen=True, kw_only=True):
     """A bundle whose adapter is a set of inputs with defaults: without one it is the base.
 
     ``file``: the adapter it was exported with as an ``.onnx_adapter``; ``idle_branch``: whether the base graph lies in
-    it as a branch of its own, which runs while no adapter is active.  ``labels``: of the base, when idle.
+    it as a branch of its own, which runs while no adapter is active; ``active``: how the other branch was fused, as
+    the manifest's own ``optimization`` is the idle one's.  ``labels`` and ``idle``: of the base, and its stored
+    answers.  ``exact``: whether, at export, idle answers were those of the base graph bit for bit.
     """
 
     layout: Layout
     file: str
     idle_branch: bool
     labels: list[str]
+    active: Optimization
+    idle: Reference
+    exact: bool
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

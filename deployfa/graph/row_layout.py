@@ -16,7 +16,7 @@ from deployfa.graph.sites import Site, find_sites
 from deployfa.tables import Head, Layout, LowRanks, Segment, Vectors
 from deployfa.tables.layout import VectorPart
 
-__all__ = ["base_heads", "base_weights", "make_layout"]
+__all__ = ["answer_width", "base_heads", "base_weights", "make_layout"]
 
 _PARTS: tuple[VectorPart, ...] = ("lambda", "delta", "out_lambda")
 
@@ -64,6 +64,15 @@ def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: i
             if path in heads
         ],
     )
+
+
+def answer_width(model: ir.Model, layout: Layout) -> int:
+    """How many labels a row answers, masked ones included."""
+    sites = find_sites(model)
+    shape = model.graph.outputs[0].shape
+    own = shape[-1] if shape is not None and len(shape) else None
+    heads = [head.out_features for head in layout.heads if answers(sites[head.site])]
+    return max([*heads, own if isinstance(own, int) else 0])
 
 
 def base_heads(model: ir.Model, layout: Layout) -> dict[str, tuple[Array, Array | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError
 from deployfa.preprocess import TextPreprocessor
 
-__all__ = ["SENTENCES", "Case", "read_cases", "text_cases", "write_cases"]
+__all__ = ["SENTENCES", "Case", "read_cases", "text_cases", "widened", "write_cases"]
 
 _SUBJECTS = (
     "The film",
@@ -74,6 +75,17 @@ def text_cases(preprocessor: TextPreprocessor, texts: Sequence[str], *, batch_si
     width = min(max(preprocessor.lengths(padded)) + 7, preprocessor.max_length)
     cases.append(Case(preprocessor.encode(padded, length=width)))
     return cases
+
+
+def widened(case: Case, labels: int) -> Case:
+    """``case`` with answers of so many labels: what is not there is minus infinity, as a masked head answers."""
+
+    def wide(answer: Array | None) -> Array | None:
+        if answer is None or answer.shape[-1] >= labels:
+            return answer
+        return np.pad(answer, ((0, 0), (0, labels - answer.shape[-1])), constant_values=-np.inf)
+
+    return dataclasses.replace(case, truth=wide(case.truth), base=wide(case.base))
 
 
 def write_cases(path: Path, cases: Sequence[Case]) -> None:

@@ -6,7 +6,7 @@ same bits: an ``.onnx_adapter`` file, which ONNX Runtime adds to the run itself,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,14 @@ Current = Literal["current"]
 
 @dataclass(frozen=True, eq=False)
 class SlotAdapter:
-    """One row, checked and ready to be run with; made by ``SlotRunner.load``.  ``path``: the file it came from."""
+    """One row, checked and ready to be run with; made by ``SlotRunner.load``.
+
+    ``path``: the file it came from; ``labels``: what its answers mean, empty if nobody said.
+    """
 
     row: Mapping[str, Array]
     path: Path | None
+    labels: tuple[str, ...]
     _values: Mapping[str, Any]
     _lora: Any
 
@@ -74,7 +78,7 @@ class SlotRunner:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._runner.outputs
 
-    def load(self, source: Path | Mapping[str, Array]) -> SlotAdapter:
+    def load(self, source: Path | Mapping[str, Array], *, labels: Sequence[str] = ()) -> SlotAdapter:
         """An adapter from an ``.onnx_adapter`` file, or from a row in memory, which is copied.
 
         Raises what ``read_onnx_adapter`` raises, and ``EditError`` for arrays that are no row of the layout.
@@ -90,7 +94,7 @@ class SlotRunner:
             array.flags.writeable = False
         active = {ACTIVE: np.ones(1, np.float32)} if self.idle_branch else {}
         values = self._runner.values({**row, **active})
-        return SlotAdapter(row, source if isinstance(source, Path) else None, values, lora)
+        return SlotAdapter(row, source if isinstance(source, Path) else None, tuple(labels), values, lora)
 
     def swap(self, adapter: SlotAdapter | None) -> SlotAdapter | None:
         """From now on ``run`` uses ``adapter``, or none, where the call names none; returns the one before.

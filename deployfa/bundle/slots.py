@@ -1,0 +1,90 @@
+"""What a bundle with slots holds: its runner, the adapter it came with, and the base that it is without one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from deployfa.adapter import Adapter
+from deployfa.bundle.bundle import Bundle
+from deployfa.bundle.manifest import Slots
+from deployfa.edits import Array
+from deployfa.errors import BundleError, InputError
+from deployfa.graph.storage import load_graph
+from deployfa.runtimes.onnx_adapter import read_onnx_adapter
+from deployfa.runtimes.slots import SlotAdapter, SlotRunner
+from deployfa.tables import Layout
+
+__all__ = ["idle_adapter", "idle_row", "labels_of", "open_slots", "slots_of"]
+
+
+def slots_of(bundle: Bundle) -> Slots:
+    """Raises ``InputError`` for a bundle that has none."""
+    slots = bundle.manifest.slots
+    if slots is None:
+        raise InputError(f"'{bundle.path}' has no slots for another adapter; export it with --slots")
+    return slots
+
+
+def open_slots(
+    bundle: Bundle, *, threads: int | None = None, spinning: bool = True, optimize: bool = True
+) -> SlotRunner:
+    """A session of ``bundle``, the adapter it was exported with active until another is swapped in."""
+    slots = slots_of(bundle)
+    runner = SlotRunner(bundle.graph, slots.layout, threads=threads, spinning=spinning, optimize=optimize)
+    if runner.idle_branch != slots.idle_branch:
+        raise BundleError(f"the graph of '{bundle.path}' is not the one of its manifest; export it again")
+    runner.swap(runner.load(bundle.path / slots.file))
+    return runner
+
+
+def idle_row(bundle: Bundle) -> dict[str, Array]:
+    """The row that a run without an adapter has: zeros, and the base's own heads."""
+    stored = load_graph(bundle.graph).graph.initializers
+    row: dict[str, Array] = {}
+    for name in slots_of(bundle).layout.shapes():
+        tensor = stored[name].const_value if name in stored else None
+        if tensor is None:
+            raise BundleError(f"the graph of '{bundle.path}' has no default for '{name}'; export it again")
+        row[name] = np.array(tensor.numpy())
+    return row
+
+
+def idle_adapter(adapter: Adapter, layout: Layout, row: Mapping[str, Array]) -> Adapter:
+    """The base as an adapter: no edits, and the base's own numbers, from its ``row``, in the modules that ``adapter``
+    replaces (so that both are of one fingerprint)."""
+    heads = {head.site: head for head in layout.heads}
+    modules: dict[str, dict[str, Array]] = {}
+    for module, parameters in adapter.modules.items():
+        for name in parameters:
+            path, _, parameter = f"{module}.{name}".rpartition(".")
+            bias = row[heads[path].bias_name]
+            kept = ~np.isneginf(bias)
+            value = bias[kept] if parameter == "bias" else row[heads[path].weight_name].T[kept]
+            modules.setdefault(module, {})[name] = np.ascontiguousarray(value)
+    return dataclasses.replace(adapter, edits={}, modules=modules, labels=())
+
+
+def labels_of(bundle: Bundle, adapter: SlotAdapter | None) -> list[str]:
+    """What the answers of ``adapter``, or of the base, mean; empty where nobody can know: an ``.onnx_adapter`` with a
+    head of its own that is not the bundle's."""
+    slots = slots_of(bundle)
+    if adapter is None:
+        return slots.labels
+    if adapter.labels:
+        return list(adapter.labels)
+    names = [name for head in slots.layout.heads for name in (head.weight_name, head.bias_name)]
+    if not names:
+        return bundle.labels
+    own = _read(bundle)
+    for known, labels in ((own, bundle.labels), (idle_row(bundle), slots.labels)):
+        if all(np.array_equal(known[name], adapter.row[name]) for name in names):
+            return labels
+    return []
+
+
+def _read(bundle: Bundle) -> Mapping[str, Array]:
+    slots = slots_of(bundle)
+    return read_onnx_adapter(bundle.path / slots.file, slots.layout, idle_branch=slots.idle_branch)
