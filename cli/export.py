@@ -25,13 +25,14 @@ from deployfa.cli.options import (
     Untie,
     parse_shapes,
 )
+from deployfa.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from deployfa.bundle.manifest import FusedCount, Optimization
+    from deployfa.bundle.manifest import FusedCount, Optimization, Slots
 
-__all__ = ["ExportReport", "export", "fused_table", "tried_table"]
+__all__ = ["ExportReport", "export", "fused_table", "slots_shown", "tried_table"]
 
 
 class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,19 @@ def export(
             "A bundle that is not there is written first, from the base alone.",
         ),
     ] = None,
+    slots: Annotated[
+        bool,
+        typer.Option("--slots", help="Make the adapter a set of inputs: another can be swapped in at every call."),
+    ] = False,
+    idle_branch: Annotated[
+        bool,
+        typer.Option(
+            "--idle-branch/--no-idle-branch",
+            help="With --slots: keep the base graph beside, so that no adapter costs nothing; twice the memory.",
+        ),
+    ] = True,
+    max_rank: Annotated[int, typer.Option("--max-rank", min=0, help="With --slots: room for other low ranks.")] = 0,
+    max_labels: Annotated[int, typer.Option("--max-labels", min=0, help="With --slots: room for other heads.")] = 0,
     data: Annotated[Path | None, typer.Option("--data", help="Texts for the stored reference outputs.")] = None,
     threads: Threads = None,
     force: Force = False,
@@ -79,12 +93,15 @@ def export(
 
     A fleet gets the base once and then a patch for each adapter: deployfa export --adapter vefa.pt --delta fleet.bundle
     --out vefa.patch
+
+    One session for many: deployfa export --adapter vefa.pt --slots --out slots.bundle
     """
     from deployfa.adapter import Adapter
     from deployfa.atomic import check_output
     from deployfa.convert import with_strength
     from deployfa.data import read_rows
     from deployfa.pipeline import export as run_export
+    from deployfa.slots import export_slots
 
     loaded = with_strength(Adapter.load(adapter), strength)
     out = out if out is not None else adapter.with_name(f"{adapter.stem}.{'bundle' if delta is None else 'patch'}")
@@ -93,21 +110,23 @@ def export(
         "model": model,
         "target": target,
         "optimize": optimize,
-        "placement": placement,
-        "prefer": prefer,
-        "untie": untie,
-        "require_fold": require_fold,
         "shapes": parse_shapes(shapes),
         "rows": read_rows(data, need_label=False) if data is not None else None,
         "threads": threads,
         "force": force,
         "allow_base_mismatch": allow_base_mismatch,
     }
+    placing: dict[str, Any] = {"placement": placement, "prefer": prefer, "untie": untie, "require_fold": require_fold}
+    room: dict[str, Any] = {"idle_branch": idle_branch, "max_rank": max_rank, "max_labels": max_labels}
+    _check_slots(slots, delta, placing, room)
     if delta is not None:
-        export_patch(loaded, delta, out, options, json=json)
+        export_patch(loaded, delta, out, {**options, **placing}, json=json)
         return
     with spinner("exporting") as status:
-        exported = run_export(loaded, out, **options, status=status)
+        if slots:
+            exported = export_slots(loaded, out, **options, **room, status=status)
+        else:
+            exported = run_export(loaded, out, **options, **placing, status=status)
     warn(exported.warnings)
     manifest = exported.bundle.manifest
     if json:
@@ -121,21 +140,45 @@ def export(
         )
         return
     plan = exported.plan
-    show(
-        f"{len(plan.edits)} edits: {plan.folded} folded, {plan.count('side op')} side ops "
-        f"({plan.extra_flops_per_token:,} extra FLOPs per token)"
-    )
+    if manifest.slots is not None:
+        show(*slots_shown(manifest.slots, len(plan.edits)))
+    else:
+        show(
+            f"{len(plan.edits)} edits: {plan.folded} folded, {plan.count('side op')} side ops "
+            f"({plan.extra_flops_per_token:,} extra FLOPs per token)"
+        )
     show(tried_table(manifest.optimization))
     if manifest.fusions:
         show(fused_table(manifest.fusions))
     done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: deployfa verify {out}")
 
 
-def tried_table(optimization: Optimization) -> Table:
+def _check_slots(slots: bool, delta: Path | None, placing: dict[str, Any], room: dict[str, Any]) -> None:
+    """Options that say nothing together are a slip: one line now, not a surprise later."""
+    if not slots and (not room["idle_branch"] or room["max_rank"] or room["max_labels"]):
+        raise InputError("--no-idle-branch, --max-rank and --max-labels are for --slots; add it, or leave them out")
+    if not slots:
+        return
+    if delta is not None:
+        raise InputError("--slots swaps adapters in one bundle, --delta patches one; pass either")
+    default = {"placement": "auto", "prefer": "smallest-patch", "untie": False, "require_fold": False}
+    if placing != default:
+        raise InputError("--slots places every edit as an input; leave out the options that say where edits go")
+
+
+def slots_shown(slots: Slots, edits: int) -> list[Any]:
+    """What the slots hold, and how the branch that reads them was fused."""
+    idle = "the base graph beside them, bit for bit" if slots.idle_branch else "themselves, with the identity in them"
+    what = f"{edits} edits in {len(slots.layout.shapes())} inputs of {slots.layout.row_bytes / 1e3:.1f} KB"
+    shown: list[Any] = [f"{what}; without an adapter the bundle runs {idle}"]
+    return [*shown, tried_table(slots.active, title="Fusions tried, adapter active")] if slots.idle_branch else shown
+
+
+def tried_table(optimization: Optimization, *, title: str = "Fusions tried") -> Table:
     """What was timed and what was taken."""
     from rich.table import Table
 
-    table = Table(title="Fusions tried")
+    table = Table(title=title)
     for column in ("fusion", *(f"{shape} p50 (ms)" for shape in optimization.shapes), "error", "verdict"):
         table.add_column(column, justify="left" if column in {"fusion", "verdict"} else "right")
     for tried in optimization.tried:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deployfa.cli.console import print_json, show
 from deployfa.cli.options import Json, PatchOption, Threads
 from deployfa.errors import InputError
+
+if TYPE_CHECKING:
+    from deployfa.bundle import Bundle
+    from deployfa.runtimes.slots import SlotRunner
 
 __all__ = ["run"]
 
@@ -20,10 +24,15 @@ def run(
     data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", help="Of a pack: the adapter that answers; once for all texts, or one each."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Of a pack: the adapter that answers; once for all texts, or one each. With slots: an .onnx_adapter, "
+            "any adapter file, or none for the base.",
+        ),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Of a pack's adapter: 0 is the base, 1 all of it.")
+        float | None, typer.Option("--strength", help="Of a pack's or a slot's adapter: 0 is the base, 1 all of it.")
     ] = None,
     patch: PatchOption = None,
     threads: Threads = None,
@@ -34,6 +43,8 @@ def run(
     Example: deployfa run vefa.bundle --text "A joy from start to finish."
 
     A pack answers each text with its own adapter: deployfa run pack.bundle -t "A joy." -a movies -t "Broke." -a shop
+
+    A bundle with slots runs the adapter it came with, or another: deployfa run slots.bundle -t "A joy." -a other.pt
 
     With an adapter's patch on a fleet's bundle: deployfa run fleet.bundle --patch vefa.patch --text "A joy."
     """
@@ -46,8 +57,13 @@ def run(
         texts += [row.text for row in read_rows(data, need_label=False)]
     if not texts:
         raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
-    predictor = Predictor(Bundle.open(bundle, patch=patch), threads=threads)
-    named = adapter if adapter is None or len(adapter) != 1 else adapter * len(texts)
+    opened = Bundle.open(bundle, patch=patch)
+    predictor = Predictor(opened, threads=threads)
+    if predictor.slots is not None:
+        _swap(opened, predictor.slots, adapter or [])
+        named = None
+    else:
+        named = adapter if adapter is None or len(adapter) != 1 else adapter * len(texts)
     answers = list(predictor.answer(texts, adapters=named or None, strength=strength))
     if json:
         print_json(RunReport(bundle=str(bundle), patch=str(patch) if patch is not None else None, answers=answers))
@@ -57,3 +73,13 @@ def run(
     for answer in answers:
         whose = f"{answer.adapter:<{longest}}  " if answer.adapter is not None else ""
         show(f"{whose}{answer.label:<{width}}  {answer.score:.3f}  {answer.text}")
+
+
+def _swap(bundle: Bundle, slots: SlotRunner, adapters: list[str]) -> None:
+    """The one adapter that is named into the slots, ``none`` out of them; without a name its own stays."""
+    from deployfa.slots import slot_adapter
+
+    if len(adapters) > 1:
+        raise InputError("slots hold one adapter at a time; name one, or make a pack, which mixes: deployfa pack")
+    for name in adapters:
+        slots.swap(None if name == "none" else slot_adapter(bundle, slots, Path(name)))

@@ -8,11 +8,13 @@ import msgspec
 import numpy as np
 
 from deployfa.bundle import Bundle
+from deployfa.bundle.slots import open_slots
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.mixed import MixedRunner
 from deployfa.preprocess import TextPreprocessor
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
 from deployfa.tables import AdapterTable
 
 __all__ = ["Answer", "Predictor", "RunReport"]
@@ -40,7 +42,10 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Predictor:
-    """A session and a tokenizer, made once, asked often.  table: see ``MixedRunner``."""
+    """A session and a tokenizer, made once, asked often.  table: see ``MixedRunner``.
+
+    ``slots``: of a bundle exported with slots, what swaps its adapter; ``None`` of any other.
+    """
 
     def __init__(self, bundle: Bundle, *, table: AdapterTable | None = None, threads: int | None = None) -> None:
         manifest = bundle.manifest
@@ -48,12 +53,16 @@ class Predictor:
             raise BundleError(f"'{bundle.path}' reads {manifest.preprocessing.kind}, not text")
         self._preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
         self._mixed = MixedRunner(bundle, table, threads=threads) if manifest.tables is not None else None
-        self._runner: MixedRunner | OnnxRuntimeRunner = self._mixed or OnnxRuntimeRunner(
-            bundle.graph, threads=threads, initializers=bundle.initializers
+        self.slots = open_slots(bundle, threads=threads) if manifest.slots is not None else None
+        self._runner: MixedRunner | SlotRunner | OnnxRuntimeRunner = (
+            self._mixed
+            or self.slots
+            or OnnxRuntimeRunner(bundle.graph, threads=threads, initializers=bundle.initializers)
         )
         self._names = [spec.name for spec in self._runner.inputs]
         self._output = manifest.graph.outputs[0].name
         self._labels = bundle.labels
+        self._idle_labels = manifest.slots.labels if manifest.slots is not None else []
 
     @property
     def adapters(self) -> list[str]:
@@ -66,18 +75,23 @@ class Predictor:
         *,
         adapters: Sequence[str] | None = None,
         strength: float | None = None,
+        slot: SlotAdapter | Current | None = "current",
         batch_size: int = 32,
     ) -> Iterator[Answer]:
         """Answers in the order of ``texts``, once all are there: rows are batched by length, whatever their adapters.
 
-        adapters: of a pack, one for each text; strength: how much of them, 0 the base's features, 1 all.  An answer has
-        its own adapter's labels only.
+        adapters: of a pack, one for each text; strength: how much of them, 0 the base's features, 1 all; slot: of a
+        bundle with slots, the adapter of this call, ``None`` for the base.  An answer has its adapter's own labels.
         """
-        logits = self.logits(texts, adapters=adapters, strength=strength, batch_size=batch_size)
+        slot = self._in_slots(slot)
+        logits = self.logits(texts, adapters=adapters, strength=strength, slot=slot, batch_size=batch_size)
         for number, text in enumerate(texts):
             adapter = adapters[number] if adapters is not None else None
             row = logits[number][~np.isneginf(logits[number])]
-            labels = self._labels if adapter is None or self._mixed is None else list(self._mixed.labels(adapter))
+            if self.slots is not None:
+                labels = self._idle_labels if slot is None else list(slot.labels)
+            else:
+                labels = self._labels if adapter is None or self._mixed is None else list(self._mixed.labels(adapter))
             labels = labels or [f"LABEL_{position}" for position in range(len(row))]
             if len(labels) != len(row):
                 raise BundleError(f"the bundle names {len(labels)} labels for {len(row)} outputs; export it again")
@@ -92,10 +106,12 @@ class Predictor:
         *,
         adapters: Sequence[str] | None = None,
         strength: float | None = None,
+        slot: SlotAdapter | Current | None = "current",
         batch_size: int = 32,
     ) -> Array:
         """(len(texts), labels), float32; minus infinity where a pack's adapter has fewer labels than another."""
         self._check(texts, adapters, strength)
+        slot = self._in_slots(slot)
         order = np.argsort(self._preprocessor.lengths(texts), kind="stable")
         found: list[Array | None] = [None] * len(texts)
         for start in range(0, len(order), batch_size):
@@ -105,15 +121,25 @@ class Predictor:
             if isinstance(self._runner, MixedRunner):
                 named = [(adapters or ())[i] for i in chosen]
                 outputs = self._runner.run(wanted, named, strength=strength)[self._output]
+            elif isinstance(self._runner, SlotRunner):
+                outputs = self._runner.run(wanted, slot, strength=strength)[self._output]
             else:
                 outputs = self._runner.run(wanted)[self._output]
             for position, row in zip(chosen, outputs, strict=True):
                 found[int(position)] = row
         return np.stack([row for row in found if row is not None])
 
+    def _in_slots(self, slot: SlotAdapter | Current | None) -> SlotAdapter | None:
+        """The adapter of one call, the same for all its batches whoever swaps meanwhile."""
+        if isinstance(slot, str):
+            return self.slots.current if self.slots is not None else None
+        if self.slots is None and slot is not None:
+            raise InputError("the bundle has no slots for another adapter; export it with --slots")
+        return slot
+
     def _check(self, texts: Sequence[str], adapters: Sequence[str] | None, strength: float | None) -> None:
         if self._mixed is None:
-            if adapters is not None or strength is not None:
+            if adapters is not None or (strength is not None and self.slots is None):
                 raise InputError(
                     "the bundle holds one adapter; leave --adapter and --strength out, or make a pack: deployfa pack"
                 )

@@ -19,7 +19,7 @@ from deployfa.base_graphs import base_graph
 from deployfa.bench import Shape
 from deployfa.bundle import Bundle
 from deployfa.bundle.manifest import MANIFEST, Optimization, Slots
-from deployfa.bundle.slots import idle_adapter, idle_row, slots_of
+from deployfa.bundle.slots import idle_adapter, idle_row, load_file, slots_of
 from deployfa.data import Row
 from deployfa.edits import Array
 from deployfa.errors import BaseMismatchError, EditError, RuntimeTargetError, SiteError
@@ -33,6 +33,7 @@ from deployfa.graph.storage import save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, widened, write_cases
 from deployfa.parity.measures import LIMIT, normwise, unmasked
+from deployfa.parity.slots import run_slots
 from deployfa.parity.truth import Noise, graph_truth, run_graph
 from deployfa.pipeline import (
     DEFAULT_SHAPES,
@@ -166,7 +167,7 @@ def export_slots(
             idle,
             fusions,
             target,
-            truth.cases,
+            cases,
             noise,
             write=write,
             slots=Slots(
@@ -242,7 +243,7 @@ def slot_adapter(
 ) -> SlotAdapter:
     """The adapter in ``path``, an ``.onnx_adapter`` or any adapter file, ready for ``runner`` of ``bundle``."""
     if path.suffix == SUFFIX:
-        return runner.load(path)
+        return load_file(bundle, runner, path)
     adapter = Adapter.load(path)
     row = slot_row(bundle, adapter, model=model, allow_base_mismatch=allow_base_mismatch)
     labels = adapter.labels or (() if adapter.modules else slots_of(bundle).labels)
@@ -256,24 +257,17 @@ def _check(
 
     Raises ``RuntimeTargetError`` if they are not, and if the adapter's own, or idle ones, are beyond the noise.
     """
-    output = runner.outputs[0].name
-
-    def answers(adapter: Path | None, cases: Sequence[Case]) -> list[Array]:
-        loaded = None if adapter is None else runner.load(adapter)
-        names = [spec.name for spec in runner.inputs]
-        return [runner.run({name: case.feeds[name] for name in names}, loaded)[output] for case in cases]
-
-    idle = answers(None, idle_truth.cases)
+    idle = run_slots(runner, idle_truth.cases, None)
     alone = run_graph(save_graph(fused.base, _made(scratch / "base")), idle_truth.cases, threads=threads)
     exact = all(np.array_equal(one, other) for one, other in zip(idle, alone, strict=True))
     if runner.idle_branch and not exact:
         raise RuntimeTargetError(
             "without an adapter the slots do not answer bit for bit as the base graph does; use --optimize none"
         )
+    active = run_slots(runner, truth.cases, runner.load(scratch / ADAPTER))
     for found, wanted, whose in (
-        (answers(scratch / ADAPTER, truth.cases), truth, "with the adapter"),
-        # what is masked in the base's row was never in the base
-        ([each[..., : alone[0].shape[-1]] for each in idle], idle_truth, "without an adapter"),
+        (active, truth, "with the adapter"),
+        (idle, idle_truth, "without an adapter"),
     ):
         error = wanted.error(found)
         if not error <= LIMIT * wanted.noise.relative:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from deployfa.runtimes.onnx_adapter import read_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import Layout
 
-__all__ = ["idle_adapter", "idle_row", "labels_of", "open_slots", "slots_of"]
+__all__ = ["idle_adapter", "idle_row", "load_file", "open_slots", "slots_of"]
 
 
 def slots_of(bundle: Bundle) -> Slots:
@@ -36,8 +37,21 @@ def open_slots(
     runner = SlotRunner(bundle.graph, slots.layout, threads=threads, spinning=spinning, optimize=optimize)
     if runner.idle_branch != slots.idle_branch:
         raise BundleError(f"the graph of '{bundle.path}' is not the one of its manifest; export it again")
-    runner.swap(runner.load(bundle.path / slots.file))
+    runner.swap(runner.load(bundle.path / slots.file, labels=bundle.labels))
     return runner
+
+
+def load_file(bundle: Bundle, runner: SlotRunner, path: Path) -> SlotAdapter:
+    """An ``.onnx_adapter`` file with what its answers mean, where that can be known: it has the head, and so the
+    labels, of the bundle's adapter or of the base, or there are no heads."""
+    slots = slots_of(bundle)
+    loaded = runner.load(path)
+    names = [name for head in slots.layout.heads for name in (head.weight_name, head.bias_name)]
+    own = read_onnx_adapter(bundle.path / slots.file, slots.layout, idle_branch=slots.idle_branch)
+    for known, labels in ((own, bundle.labels), (idle_row(bundle), slots.labels)):
+        if all(np.array_equal(known[name], loaded.row[name]) for name in names):
+            return dataclasses.replace(loaded, labels=tuple(labels))
+    return loaded
 
 
 def idle_row(bundle: Bundle) -> dict[str, Array]:
@@ -65,26 +79,3 @@ def idle_adapter(adapter: Adapter, layout: Layout, row: Mapping[str, Array]) -> 
             value = bias[kept] if parameter == "bias" else row[heads[path].weight_name].T[kept]
             modules.setdefault(module, {})[name] = np.ascontiguousarray(value)
     return dataclasses.replace(adapter, edits={}, modules=modules, labels=())
-
-
-def labels_of(bundle: Bundle, adapter: SlotAdapter | None) -> list[str]:
-    """What the answers of ``adapter``, or of the base, mean; empty where nobody can know: an ``.onnx_adapter`` with a
-    head of its own that is not the bundle's."""
-    slots = slots_of(bundle)
-    if adapter is None:
-        return slots.labels
-    if adapter.labels:
-        return list(adapter.labels)
-    names = [name for head in slots.layout.heads for name in (head.weight_name, head.bias_name)]
-    if not names:
-        return bundle.labels
-    own = _read(bundle)
-    for known, labels in ((own, bundle.labels), (idle_row(bundle), slots.labels)):
-        if all(np.array_equal(known[name], adapter.row[name]) for name in names):
-            return labels
-    return []
-
-
-def _read(bundle: Bundle) -> Mapping[str, Array]:
-    slots = slots_of(bundle)
-    return read_onnx_adapter(bundle.path / slots.file, slots.layout, idle_branch=slots.idle_branch)

@@ -19,6 +19,7 @@ from deployfa.metrics import Labels
 from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
 from deployfa.parity.measures import LIMIT, measure, unmasked
 from deployfa.parity.report import ParityReport, Stage
+from deployfa.parity.slots import slot_outputs, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
 from deployfa.preprocess import TextPreprocessor
 
@@ -63,7 +64,8 @@ def verify(
             raise InputError("rows of your own need PyTorch to know the truth; leave --data out, or pass --model DIR")
         say("comparing with the reference stored in the bundle")
         cases, noise = _stored(bundle)
-        return _report(bundle, cases, noise, manifest.reference.kind, None, [])
+        report = _report(bundle, cases, noise, manifest.reference.kind, None, [])
+        return report if manifest.slots is None else with_idle(bundle, report, cases)
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
     if not name:
@@ -77,7 +79,8 @@ def verify(
     labels = None
     if rows and all(row.label is not None for row in rows):
         labels = np.array(label_ids(rows, bundle.labels), dtype=np.int64)
-    return _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))])
+    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))])
+    return report if manifest.slots is None else with_idle(bundle, report, cases, model=name)
 
 
 def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
@@ -110,12 +113,7 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
-    own: dict[str, Any] = {"initializers": bundle.initializers, "bound": bundle.bound}
-    outputs = [
-        *before,
-        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, **own)),
-        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, **own)),
-    ]
+    outputs = [*before, *(slot_outputs if bundle.manifest.slots is not None else _outputs)(bundle, cases)]
     stages = [
         measure(
             name, found, truths, bases,
@@ -148,6 +146,14 @@ def _report(
         passed=passed,
         reason=reason,
     )
+
+
+def _outputs(bundle: Bundle, cases: Sequence[Case]) -> list[tuple[str, list[Array]]]:
+    own: dict[str, Any] = {"initializers": bundle.initializers, "bound": bundle.bound}
+    return [
+        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, **own)),
+        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, **own)),
+    ]
 
 
 def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bool, str]:

@@ -22,8 +22,9 @@ from deployfa.tables import Layout
 from deployfa.tables.checks import check_row
 from deployfa.tables.layout import ACTIVE, STRENGTH
 
-__all__ = ["SlotAdapter", "SlotRunner"]
+__all__ = ["Current", "SlotAdapter", "SlotRunner"]
 
+#: In the place of an adapter: the one that was swapped in last.
 Current = Literal["current"]
 
 
@@ -77,6 +78,11 @@ class SlotRunner:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._runner.outputs
+
+    @property
+    def current(self) -> SlotAdapter | None:
+        """What ``run`` uses where the call names none."""
+        return self._current
 
     def load(self, source: Path | Mapping[str, Array], *, labels: Sequence[str] = ()) -> SlotAdapter:
         """An adapter from an ``.onnx_adapter`` file, or from a row in memory, which is copied.

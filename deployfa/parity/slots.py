@@ -1,0 +1,101 @@
+"""A bundle with slots is held against two truths: its adapter's while that is active, and the base's while none is."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from deployfa.adapter import Adapter
+from deployfa.bundle import Bundle
+from deployfa.bundle.slots import idle_adapter, idle_row, open_slots, slots_of
+from deployfa.edits import Array
+from deployfa.graph.idle import idle_branch
+from deployfa.graph.storage import load_graph, save_graph
+from deployfa.parity.cases import Case, read_cases
+from deployfa.parity.measures import measure
+from deployfa.parity.report import ParityReport
+from deployfa.parity.truth import Noise, run_graph, torch_truth
+from deployfa.runtimes.slots import SlotAdapter, SlotRunner
+
+__all__ = ["run_slots", "slot_outputs", "with_idle"]
+
+IDLE = "no adapter, as deployed"
+
+
+def run_slots(runner: SlotRunner, cases: Sequence[Case], adapter: SlotAdapter | None) -> list[Array]:
+    """The first output for every case, with ``adapter`` or without any, as wide as the truth of the case.
+
+    What is beyond it must be masked, or the answer is none: NaN.
+    """
+    names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
+    found = [runner.run({name: case.feeds[name] for name in names}, adapter)[output] for case in cases]
+    return [_own(answer, case) for answer, case in zip(found, cases, strict=True)]
+
+
+def _own(answer: Array, case: Case) -> Array:
+    labels = answer.shape[-1] if case.truth is None else case.truth.shape[-1]
+    if np.isneginf(answer[..., labels:]).all():
+        return answer[..., :labels]
+    return np.full_like(answer[..., :labels], np.nan)
+
+
+def slot_outputs(bundle: Bundle, cases: Sequence[Case]) -> list[tuple[str, list[Array]]]:
+    """What the adapter of ``bundle`` answers, added to the run by ONNX Runtime and fed as arrays."""
+    found: list[tuple[str, list[Array]]] = []
+    for name, optimize in (("ONNX Runtime, optimisations off", False), ("ONNX Runtime, as deployed", True)):
+        runner = open_slots(bundle, spinning=False, optimize=optimize)
+        own = runner.current
+        assert own is not None  # open_slots leaves it active
+        found.append((name, run_slots(runner, cases, own if optimize else runner.load(own.row))))
+    return found
+
+
+def with_idle(
+    bundle: Bundle, report: ParityReport, cases: Sequence[Case], *, model: str | Path | None = None
+) -> ParityReport:
+    """``report`` with a stage for ``bundle`` without its adapter.
+
+    With ``model`` the truth is PyTorch's for ``cases``, else the stored one.  Where there is an idle branch, its
+    answers must be those of the branch alone, bit for bit.
+    """
+    slots = slots_of(bundle)
+    if model is None:
+        cases, noise = read_cases(bundle.path / slots.idle.file), Noise(slots.idle.noise, slots.idle.noise_max_abs, ())
+    else:
+        # the manifest's base is the one it was exported on, also where a mismatch was allowed
+        own = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
+        cases, noise, _ = torch_truth(model, idle_adapter(own, slots.layout, idle_row(bundle)), cases)
+    found = run_slots(open_slots(bundle, spinning=False), cases, None)
+    stage = measure(
+        IDLE,
+        found,
+        [case.truth for case in cases if case.truth is not None],
+        [case.base for case in cases if case.base is not None],
+        noise=noise.relative,
+        noise_max_abs=noise.max_abs,
+    )
+    exact = not slots.idle_branch or _same_bits(found, _alone(bundle, cases))
+    # without an adapter there is no effect to measure by
+    stages = [msgspec.structs.replace(stage, effect_error=None, passed=stage.passed and exact), *report.stages]
+    if not report.passed or (stage.passed and exact):
+        return msgspec.structs.replace(report, stages=stages)
+    reason = f"{IDLE}: the answers are not those of the base graph in it, bit for bit"
+    if exact:
+        times = stage.noise_ratio or float("inf")
+        reason = f"{IDLE}: error is {times:.1f}x the float32 noise, the limit is {report.limit:g}x"
+    return msgspec.structs.replace(report, stages=stages, passed=False, reason=reason)
+
+
+def _alone(bundle: Bundle, cases: Sequence[Case]) -> list[Array]:
+    """What the idle branch answers as a graph of its own."""
+    with tempfile.TemporaryDirectory(prefix="deployfa-idle-") as scratch:
+        return run_graph(save_graph(idle_branch(load_graph(bundle.graph)), Path(scratch)), cases)
+
+
+def _same_bits(one: Sequence[Array], other: Sequence[Array]) -> bool:
+    return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
