@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deployfa.cli.console import print_json, show
 from deployfa.cli.options import Json
 
+if TYPE_CHECKING:
+    from deployfa.inspection import InspectedSlots
+
 __all__ = ["inspect"]
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A .pt, a .safetensors, or a PEFT directory.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A .pt, a .safetensors, a PEFT directory, or a bundle.", show_default=False)
+    ],
     json: Json = False,
 ) -> None:
-    """Print what is in an adapter: sites, shapes, parameters, base, head, distance from the identity."""
-    from deployfa.adapter import Adapter
-    from deployfa.inspection import inspect_adapter
+    """Print what is in an adapter: sites, shapes, parameters, base, head, distance from the identity.
 
-    found = inspect_adapter(str(file), Adapter.load(file))
+    Of a bundle: its adapter, and its slots for others.  Example: deployfa inspect slots.bundle
+    """
+    from deployfa.adapter import Adapter
+    from deployfa.bundle import MANIFEST
+    from deployfa.inspection import inspect_adapter, inspect_bundle
+
+    found = inspect_bundle(file) if (file / MANIFEST).is_file() else inspect_adapter(str(file), Adapter.load(file))
     if json:
         print_json(found)
         return
@@ -48,7 +57,19 @@ def inspect(
         f"task: {base.task}; labels: {', '.join(found.labels) or 'none'}",
         f"parameters: {sizes}; mean distance from the identity {found.distance:.4f}",
     )
+    if found.slots is not None:
+        show(_described(found.slots))
     scores = found.training.get("scores")
     if isinstance(scores, dict):
         parts = [f"{name} {100 * value['balanced_accuracy']:.1f} %" for name, value in scores.items()]
         show(f"balanced accuracy after training: {', '.join(parts)}")
+
+
+def _described(slots: InspectedSlots) -> str:
+    each = ", ".join(f"{name} {tuple(shape)}" for name, shape in slots.tensors.items())
+    inputs = each if len(slots.tensors) <= 8 else f"{len(slots.tensors)} inputs"
+    idle = "the base graph beside them" if slots.idle_branch else "them with the identity in them"
+    return (
+        f"slots: {inputs}; {slots.bytes / 1e3:.1f} KB an adapter, low ranks up to {slots.max_rank}, labels up to "
+        f"{slots.max_labels}; without an adapter it runs {idle}"
+    )

@@ -1,14 +1,25 @@
-"""What is in an adapter file: what ``deployfa inspect`` prints."""
+"""What is in an adapter file, or in a bundle of one: what ``deployfa inspect`` prints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from deployfa.adapter import Adapter, BaseReference
+from deployfa.bundle import Bundle
+from deployfa.bundle.manifest import Slots
+from deployfa.errors import InputError
 
-__all__ = ["InspectedModule", "InspectedSite", "Inspection", "inspect_adapter"]
+__all__ = [
+    "InspectedModule",
+    "InspectedSite",
+    "InspectedSlots",
+    "Inspection",
+    "inspect_adapter",
+    "inspect_bundle",
+]
 
 
 class InspectedSite(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +40,17 @@ class InspectedModule(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
 
 
+class InspectedSlots(msgspec.Struct, frozen=True, kw_only=True):
+    """What else a bundle takes at a call: inputs of so many bytes, low ranks and labels up to so many."""
+
+    tensors: dict[str, list[int]]
+    bytes: int
+    max_rank: int
+    max_labels: int
+    idle_branch: bool
+    bases: list[str]
+
+
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """The schema of ``inspect --json``."""
 
@@ -43,6 +65,36 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     sites: list[InspectedSite]
     modules: list[InspectedModule]
     training: dict[str, Any]
+    slots: InspectedSlots | None = None
+
+
+def inspect_bundle(path: Path) -> Inspection:
+    """The adapter in the bundle at ``path``, and its slots if it has any.
+
+    Raises ``InputError`` for a pack, which has many.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    if manifest.tables is not None:
+        names = ", ".join(member.name for member in manifest.tables.adapters[:6])
+        raise InputError(
+            f"'{path}' is a pack of {len(manifest.tables.adapters)} rows ({names}, …); inspect one adapter"
+        )
+    found = inspect_adapter(str(path), Adapter.load(bundle.adapter))
+    slots = None if manifest.slots is None else _slots(manifest.slots)
+    return msgspec.structs.replace(found, found="in a bundle", labels=bundle.labels, slots=slots)
+
+
+def _slots(slots: Slots) -> InspectedSlots:
+    layout = slots.layout
+    return InspectedSlots(
+        tensors={name: list(shape) for name, shape in layout.shapes().items()},
+        bytes=layout.row_bytes,
+        max_rank=max((low.rank for low in layout.low_ranks), default=0),
+        max_labels=layout.heads[-1].out_features if layout.heads else 0,
+        idle_branch=slots.idle_branch,
+        bases=list(layout.fingerprints),
+    )
 
 
 def inspect_adapter(path: str, adapter: Adapter) -> Inspection:
