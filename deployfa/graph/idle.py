@@ -138,7 +138,7 @@ def _branch(graph: ir.Graph, name: str, inputs: Mapping[str | None, ir.Value]) -
     for each in (graph, *graph.subgraphs()):
         for value in list(each.initializers.values()):
             # a clone shares its tensors, and a value's name is its tensor's too
-            value.const_value = copy.copy(value.const_value)
+            value.const_value = _own_name(value.const_value)
         for value in [*each.inputs, *each.initializers.values(), *(o for node in each for o in node.outputs)]:
             # an empty name is an output that nobody asked for
             if value.name:
@@ -148,6 +148,13 @@ def _branch(graph: ir.Graph, name: str, inputs: Mapping[str | None, ir.Value]) -
     _own_outputs(graph, name)
     graph.name = name
     return graph
+
+
+def _own_name(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """The same numbers under a name that can be changed alone."""
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+    return copy.copy(tensor)
 
 
 def _redirect(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
