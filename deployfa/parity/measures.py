@@ -11,7 +11,7 @@ from deployfa.edits import Array
 from deployfa.metrics import Labels, mcnemar_exact, score
 from deployfa.parity.report import Stage
 
-__all__ = ["LIMIT", "measure", "normwise", "unmasked"]
+__all__ = ["LIMIT", "failure", "measure", "normwise", "unmasked"]
 
 #: A stage passes when its error is at most this many times the model's own float32-versus-float64 noise.
 LIMIT = 2.0
@@ -80,3 +80,15 @@ def measure(
         mcnemar_p=p_value,
         passed=error is not None and error <= LIMIT * noise and not bool(outside.any()),
     )
+
+
+def failure(stage: Stage) -> str | None:
+    """Why ``stage`` does not pass, in words; ``None`` if it does."""
+    if not stage.finite:
+        return f"{stage.name}: NaN or infinity in the output"
+    if stage.flips_outside_noise:
+        return f"{stage.name}: {stage.flips_outside_noise} label flips that noise does not explain"
+    if not stage.passed:
+        times = stage.noise_ratio or float("inf")
+        return f"{stage.name}: error is {times:.1f}x the float32 noise, the limit is {LIMIT:g}x"
+    return None

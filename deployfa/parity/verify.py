@@ -17,7 +17,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
 from deployfa.metrics import Labels
 from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
-from deployfa.parity.measures import LIMIT, measure, unmasked
+from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.report import ParityReport, Stage
 from deployfa.parity.slots import slot_outputs, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
@@ -162,11 +162,6 @@ def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bo
     if not (np.isfinite(noise.relative) and noise.relative > 0):
         return False, "the model's own float32 noise could not be measured: NaN, infinity or zero"
     for stage in stages:
-        if not stage.finite:
-            return False, f"{stage.name}: NaN or infinity in the output"
-        if stage.flips_outside_noise:
-            return False, f"{stage.name}: {stage.flips_outside_noise} label flips that noise does not explain"
-        if not stage.passed:
-            times = stage.noise_ratio or float("inf")
-            return False, f"{stage.name}: error is {times:.1f}x the float32 noise, the limit is {LIMIT:g}x"
+        if (reason := failure(stage)) is not None:
+            return False, reason
     return True, f"every stage is within {LIMIT:g}x the model's own float32 noise"
