@@ -47,20 +47,14 @@ class PlanFusions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare_fusions(
-    base: ir.Model,
-    adapted: ir.Model,
-    fusion: str,
-    *,
-    fused: ir.Model | None = None,
-    fused_base: ir.Model | None = None,
+    base: ir.Model, adapted: ir.Model, fusion: str, *, fused: ir.Model | None = None
 ) -> dict[str, FusedCount]:
     """Fused operator → how many a session of ``base`` and one of ``adapted`` run, both fused by ``fusion``.
 
-    Both are unfused graphs; ``fused`` is ``adapted`` after the fusion, where that is there already, and ``fused_base``
-    is ``base``, after a fusion of its own if it had one.  See
+    Both are unfused graphs; ``fused`` is ``adapted`` after the fusion, where that is there already.  See
     ``deployfa.runtimes.fused_operators`` for the names.
     """
-    before = _count(fused_base if fused_base is not None else fuse(base, fusion), base)
+    before = _count(fuse(base, fusion), base)
     after = _count(fused if fused is not None else fuse(adapted, fusion), adapted)
     names = sorted({*before, *after})
     return {name: FusedCount(base=before.get(name, 0), adapted=after.get(name, 0)) for name in names}

@@ -151,7 +151,7 @@ def export_slots(
         runner = SlotRunner(scratch / "whole" / "model.onnx", layout, threads=threads, spinning=False)
         exact = _check(runner, fused, scratch, truth, idle_truth, threads=threads)
         say("counting what the runtime fuses")
-        fusions = compare_fusions(graph, slots, active.chosen, fused=fused.slots, fused_base=fused.base)
+        fusions = compare_fusions(graph, slots, active.chosen, fused=fused.slots)
         say(f"writing '{out}'")
 
         def write(folder: Path) -> None:
