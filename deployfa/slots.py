@@ -117,7 +117,7 @@ def export_slots(
     check_output(out, force=force, holding=MANIFEST)
     base = base_graph(adapter, model=model, allow_mismatch=allow_base_mismatch, status=status)
     graph = base.load()
-    layout = make_layout(graph, {adapter.method: adapter}, max_rank=max_rank, max_labels=max_labels)
+    layout = make_layout(graph, {adapter.method: adapter}, max_rank=max_rank, max_labels=max_labels, mixed=False)
     # where a mismatch was allowed, adapters of the base that it really is fit too
     layout = msgspec.structs.replace(layout, fingerprints=sorted({*layout.fingerprints, base.fingerprint}))
     zero = base_row(layout, base_heads(graph, layout))

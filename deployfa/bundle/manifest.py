@@ -137,7 +137,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Format version, fingerprints, plan, signature, versions, sha256 of every file, and the summaries once run.
 
     ``fusions``: fused operator (see ``deployfa.runtimes.fused_operators``) → how many before and after the adapter,
-    both graphs fused as ``optimization.chosen`` says (with slots as ``slots.active.chosen``); ``None`` in a bundle of an
+    both graphs fused as ``optimization.chosen`` says, with slots as ``slots.active.chosen``; ``None`` in a bundle of an
     older deployfa.
     ``tables``: the adapters of a pack, ``slots``: the inputs that one adapter fills.
     """

@@ -12,7 +12,7 @@ from deployfa.graph.own_weight import set_bias
 from deployfa.graph.sites import Site, find_sites
 from deployfa.graph.tensors import set_operand
 
-__all__ = ["answers", "resize_heads"]
+__all__ = ["answers", "downstream", "resize_heads"]
 
 _PICKS = {"Cast", "Gather", "GatherND", "Identity", "Slice", "Squeeze", "Unsqueeze"}
 
@@ -20,7 +20,7 @@ _PICKS = {"Cast", "Gather", "GatherND", "Identity", "Slice", "Squeeze", "Unsquee
 def answers(site: Site) -> bool:
     """Whether what the layer makes is only picked from on its way to the graph's output, whatever its size."""
     seen = False
-    for value in _downstream(site.uses[0].output):
+    for value in downstream(site.uses[0].output):
         seen = seen or value.is_graph_output()
         if any(index != 0 or node.op_type not in _PICKS for node, index in value.uses()):
             return False
@@ -58,12 +58,12 @@ def _resize(graph: ir.Graph, site: Site, labels: int) -> None:
     set_operand(graph, site.nodes, 1, np.zeros(shape, np.float32), name=name)
     if use.bias_value is not None:
         set_bias(graph, site, use, np.zeros(labels))
-    for value in (use.product, *_downstream(use.output)):
+    for value in (use.product, *downstream(use.output)):
         if value.shape is not None and len(value.shape) and value.shape[-1] == site.out_features:
             value.shape = ir.Shape([*value.shape[:-1], labels])
 
 
-def _downstream(start: ir.Value) -> Iterator[ir.Value]:
+def downstream(start: ir.Value) -> Iterator[ir.Value]:
     """``start`` and everything that is computed from it."""
     waiting, known = [start], {start}
     while waiting:

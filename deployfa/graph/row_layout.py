@@ -21,12 +21,19 @@ __all__ = ["answer_width", "base_heads", "base_weights", "make_layout"]
 _PARTS: tuple[VectorPart, ...] = ("lambda", "delta", "out_lambda")
 
 
-def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: int = 0, max_labels: int = 0) -> Layout:
+def make_layout(
+    model: ir.Model,
+    adapters: Mapping[str, Adapter],
+    *,
+    max_rank: int = 0,
+    max_labels: int = 0,
+    mixed: bool = True,
+) -> Layout:
     """The smallest layout that every adapter fits, in the order in which the graph runs the sites.
 
-    ``max_rank`` and ``max_labels`` leave room for adapters that are added later.  Raises ``SiteError`` for a site or
-    module that the graph lacks, ``EditError`` for an edit that does not fit its site, and ``PlanError``, with the
-    reason, for one that cannot differ from row to row.
+    ``max_rank`` and ``max_labels`` leave room for adapters that are added later; mixed: whether one batch runs several,
+    which slots do not.  Raises ``SiteError`` for a site or module that the graph lacks, ``EditError`` for an edit that
+    does not fit its site, and ``PlanError``, with the reason, for one that cannot differ from row to row.
     """
     if not adapters:
         raise InputError("no adapters to pack; name at least one")
@@ -47,7 +54,7 @@ def make_layout(model: ir.Model, adapters: Mapping[str, Adapter], *, max_rank: i
             edit.check(path, sites[path].in_features, sites[path].out_features, sites[path].kernel)
             if path in heads:
                 continue
-            _check(sites[path], edit)
+            _check(sites[path], edit, mixed=mixed)
             parts |= {(path, part) for part in _PARTS if part in edit.tensors()}
             lows = [low for low in (edit.input_low_rank, edit.output_low_rank) if low is not None]
             if lows:
@@ -162,7 +169,7 @@ def _heads_of(adapter: Adapter, sites: Mapping[str, Site], name: str) -> dict[st
     return found
 
 
-def _check(site: Site, edit: Edit) -> None:
+def _check(site: Site, edit: Edit, *, mixed: bool) -> None:
     """What a row of a batch cannot have for itself."""
     path = site.path
     if site.experts:
@@ -171,7 +178,7 @@ def _check(site: Site, edit: Edit) -> None:
         raise PlanError(f"site '{path}' is quantised; pack adapters of a floating-point base")
     if site.weight.dtype != ir.DataType.FLOAT:
         raise PlanError(f"site '{path}' is {site.weight.dtype}; tables are float32 on a float32 base")
-    for use in site.uses:
+    for use in site.uses if mixed else ():
         shape = use.input.shape
         if shape is None or not len(shape) or isinstance(shape[0], int):
             raise PlanError(

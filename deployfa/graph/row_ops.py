@@ -20,6 +20,7 @@ import onnx_ir as ir
 from deployfa.errors import PlanError
 from deployfa.graph.layers import Use
 from deployfa.graph.nodes import Nodes
+from deployfa.graph.resize import downstream
 from deployfa.graph.row_values import STRENGTH, RowValues, SlotValues, TableValues
 from deployfa.graph.sites import Site, find_sites
 from deployfa.graph.tensors import drop_unused
@@ -45,7 +46,8 @@ def add_tables(model: ir.Model, layout: Layout) -> ir.Model:
 def add_slots(model: ir.Model, layout: Layout) -> ir.Model:
     """A clone of ``model`` whose adapter is one row of inputs, the same for the whole batch."""
     result = model.clone()
-    return _add(result, layout, SlotValues(result.graph, layout), _batch_name(result.graph))
+    # which axis is the batch, nothing asks that has one row for all
+    return _add(result, layout, SlotValues(result.graph, layout), "")
 
 
 def _add(result: ir.Model, layout: Layout, values: RowValues, batch: str) -> ir.Model:
@@ -175,6 +177,9 @@ class _RowOps:
         else:
             answer.shape = like.shape
         nodes.replace(old, answer, readers)
+        for value in downstream(answer) if head.out_features != site.out_features else ():
+            if value.shape is not None and len(value.shape) and value.shape[-1] == site.out_features:
+                value.shape = ir.Shape([*value.shape[:-1], head.out_features])
 
     def _vector(self, nodes: Nodes, use: Use, part: str, *, joined: bool) -> ir.Value:
         """The site's part of a vector, ready to broadcast over rows: (B, 1, k), or (B, k, 1) for a convolution.
@@ -201,7 +206,7 @@ class _RowOps:
             return value, False
         first = shape[0]
         rank = len(shape)
-        alone = isinstance(first, ir.SymbolicDim) and str(first.value) == self.batch
+        alone = not self.values.batched or (isinstance(first, ir.SymbolicDim) and str(first.value) == self.batch)
         if rank == 3 and alone:
             return value, False
         if id(value) not in self._rows_of:

@@ -7,15 +7,18 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from architectures import ARCHITECTURES
 from placements import Subject
 
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.edits import Array, Edit, LowRank
+from deployfa.errors import PlanError
 from deployfa.graph import apply_adapter, find_sites, make_plan
 from deployfa.graph.idle import with_idle_branch, with_row
 from deployfa.graph.optimize import fuse
+from deployfa.graph.resize import resize_heads
 from deployfa.graph.row_layout import base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import add_slots
 from deployfa.graph.sites import Site
@@ -133,3 +136,53 @@ def test_every_method_swaps_and_idle_is_the_base_bit_for_bit(name: str, fusion: 
             apply_adapter(made.graph, swapped.adapters["b"], make_plan(made.graph, swapped.adapters["b"])), fusion
         )
         assert normwise(other.astype(np.float64), swapped.run(folded, folder / "folded")) <= LIMIT * noise, method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), [("BERT", "classifier"), ("GPT-2 (classifier)", "score")])
+def test_a_head_with_more_labels_than_the_base(name: str, head: str, tmp_path: Path) -> None:
+    """Behind GPT-2's head the last token is picked: what is said of shapes there must follow."""
+    made = subject(name)
+    site = find_sites(made.graph)[head]
+    random = np.random.default_rng(5)
+
+    def adapter(labels: int) -> Adapter:
+        weight = random.standard_normal((labels, site.in_features)).astype(np.float32)
+        bias = {} if site.uses[0].bias is None else {"bias": random.standard_normal(labels).astype(np.float32)}
+        return Adapter("head", {}, modules={head: {"weight": weight, **bias}}, base=BASE)
+
+    own, larger = adapter(site.out_features), adapter(20)
+    layout = make_layout(made.graph, {"own": own}, max_labels=20)
+    zero = base_row(layout, base_heads(made.graph, layout))
+    model = with_row(with_idle_branch(made.graph, add_slots(made.graph, layout)), zero)
+    path = save_graph(model, tmp_path, share_equal=True)
+    onnx.checker.check_model(str(path), full_check=True)
+    assert not isinstance(model.graph.outputs[0].shape[-1], int)
+    runner = SlotRunner(path, layout, threads=1, spinning=False)
+    feeds = {spec.name: made.feeds[spec.name].numpy() for spec in runner.inputs}
+    for each, labels in ((own, site.out_features), (larger, 20)):
+        found = runner.run(feeds, runner.load(row_of(each, layout, zero)))[made.output]
+        base = resize_heads(made.graph, each)
+        headed = apply_adapter(base, each, make_plan(base, each))
+        truth = made.float64(headed)
+        assert truth is not None and truth.shape[-1] == labels
+        assert np.isneginf(found[..., labels:]).all()
+        noise = normwise(made.onnxruntime(headed), truth)
+        assert normwise(found[..., :labels].astype(np.float64), truth) <= LIMIT * noise
+
+
+@pytest.mark.slow
+def test_slots_need_no_batch() -> None:
+    """What reads positions has no rows to tell apart, and one row for all asks for none."""
+    made = subject("DeBERTa-v2")
+    sites = find_sites(made.graph)
+    adapter = Adapter("vefa", {p: edit("vefa", sites[p], n) for n, p in enumerate(sorted(made.sites))}, base=BASE)
+    with pytest.raises(PlanError, match="the same for every row of a batch"):
+        make_layout(made.graph, {"a": adapter})
+    layout = make_layout(made.graph, {"a": adapter}, mixed=False)
+    zero = base_row(layout, base_heads(made.graph, layout))
+    unfolded = apply_adapter(made.graph, adapter, make_plan(made.graph, adapter, placement="side-op"))
+    truth = made.float64(unfolded)
+    assert truth is not None
+    found = made.onnxruntime(with_row(add_slots(made.graph, layout), row_of(adapter, layout, zero)))
+    assert normwise(found, truth) <= LIMIT * normwise(made.onnxruntime(unfolded), truth)
