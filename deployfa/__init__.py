@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deployfa.adapter import Adapter, BaseReference
     from deployfa.bench import BenchReport, Contender, Shape
     from deployfa.bundle import Bundle, Manifest
+    from deployfa.bundle.slots import open_slots
     from deployfa.delta import Delta, export_delta
     from deployfa.edits import Edit, LowRank
     from deployfa.errors import DeployfaError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from deployfa.parity import ParityReport
     from deployfa.pipeline import export, plan_adapter
     from deployfa.predict import Answer, Predictor
+    from deployfa.runtimes.slots import SlotRunner
+    from deployfa.slots import export_slots, slot_adapter
     from deployfa.tables import AdapterTable
     from deployfa.train import TrainReport
     from deployfa.training.capture import capture
@@ -46,15 +49,19 @@ _HOMES = {
     "Plan": "graph",
     "Predictor": "predict",
     "Shape": "bench",
+    "SlotRunner": "runtimes.slots",
     "TrainReport": "train",
     "VeFAConfig": "training.tuners",
     "apply_adapter": "graph",
     "capture": "training.capture",
     "export": "pipeline",
     "export_delta": "delta",
+    "export_slots": "slots",
     "make_plan": "graph",
+    "open_slots": "bundle.slots",
     "open_table": "mixed",
     "plan_adapter": "pipeline",
+    "slot_adapter": "slots",
 }
 
 __all__ = [
@@ -76,6 +83,7 @@ __all__ = [
     "Plan",
     "Predictor",
     "Shape",
+    "SlotRunner",
     "TrainReport",
     "VeFAConfig",
     "__version__",
@@ -83,9 +91,12 @@ __all__ = [
     "capture",
     "export",
     "export_delta",
+    "export_slots",
     "make_plan",
+    "open_slots",
     "open_table",
     "plan_adapter",
+    "slot_adapter",
 ]
 
 
