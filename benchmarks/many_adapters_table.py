@@ -73,9 +73,9 @@ def _table(part: str, results: list[dict[str, Any]]) -> list[str]:
 
 
 def _interval(result: dict[str, Any], name: str) -> str:
-    if result[name] is None:
+    if result[f"{name}_low"] is None:
         return "1"
-    return f"{result[name]:.3f} [{result[name + '_low']:.3f}, {result[name + '_high']:.3f}]"
+    return f"{result[name]:.3f} [{result[f'{name}_low']:.3f}, {result[f'{name}_high']:.3f}]"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -92,6 +92,8 @@ def draw(report: dict[str, Any]) -> str:
 
     groups = {part: _ratios(part, report["parts"][part]["results"]) for part in TARGETS if part in report["parts"]}
     groups = {part: ratios for part, ratios in groups.items() if ratios}
+    if not groups:
+        return "<svg xmlns='http://www.w3.org/2000/svg'/>"
     sizes = [len(ratios) for ratios in groups.values()]
     looks = {"svg.fonttype": "none", "svg.hashsalt": "deployfa", "figure.constrained_layout.use": True}
     with style.context(["default", looks]):
@@ -117,8 +119,9 @@ def _ratios(part: str, results: list[dict[str, Any]]) -> list[tuple[str, float, 
         return []
     found = []
     for r in results:
-        if r.get("ratio") is None or r.get("spinning") == "on":
+        if r.get("ratio_low") is None:
             continue
-        label = f"{r.get('contender') or r.get('way')}, {r['batch']}x{r['sequence']}"
+        spins = ", spinning" if r.get("spinning") == "on" else ""
+        label = f"{r.get('contender') or r.get('way')}, {r['batch']}x{r['sequence']}{spins}"
         found.append((label, r["ratio"], r["ratio_low"], r["ratio_high"]))
     return found
