@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from deployfa.errors import BaseMismatchError, DeployfaError, InputError
 from deployfa.fusion import choose_fusion
 from deployfa.graph import Plan
 from deployfa.graph.row_defaults import attach_defaults, bake, default_strength
-from deployfa.graph.row_layout import base_heads, base_weights, make_layout
+from deployfa.graph.row_layout import answer_width, base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import ADAPTER_IDS, add_tables
 from deployfa.kept_fusions import compare_fusions
 from deployfa.parity.cases import SENTENCES
@@ -95,9 +95,9 @@ def pack(
     members = [Member(name="base", method="base", labels=tuple(base.labels))]
     members += [_member(name, adapters[name], base) for name in names]
 
-    def all_rows() -> Iterator[Values]:
+    def rows_of(chosen: Iterable[str]) -> Iterator[Values]:
         yield zero
-        for name in names:
+        for name in chosen:
             try:
                 yield row_of(adapters[name], layout, zero, weights=weights, allow_mismatch=allow_base_mismatch)
             except DeployfaError as error:
@@ -111,12 +111,12 @@ def pack(
         {row: partial(adapters.__getitem__, names[row - 1]) for row in chosen_rows},
         preprocessor,
         [row.text for row in rows] if rows else list(SENTENCES),
-        labels=_width(layout, graph),
+        labels=answer_width(graph, layout),
         silent=lambda _, adapter, cases, noise: check_effect(adapter, cases, noise),
         status=say,
     )
     # judged and timed with the rows that the cases use, under numbers of their own
-    small = _stacked(layout, _picked(all_rows(), [0, *chosen_rows]))
+    small = _stacked(layout, rows_of(names[row - 1] for row in chosen_rows))
     numbers = np.zeros(len(members), np.int64)
     numbers[chosen_rows] = np.arange(1, len(chosen_rows) + 1)
     judged = [
@@ -140,7 +140,7 @@ def pack(
     fused = fused.clone()
     attach_defaults(fused, default_strength())
     if not table_inputs:
-        bake(fused, _stacked(layout, all_rows()))
+        bake(fused, _stacked(layout, rows_of(names)))
     content = Content(
         adapter=_nobody(first, base),
         base=base,
@@ -153,7 +153,7 @@ def pack(
         noise=noise,
         tables=Tables(layout=layout, adapters=members, inputs=table_inputs, file=FLEET if table_inputs else None),
         summary=_summary(layout, members),
-        write=lambda folder: write_fleet(folder / FLEET, layout, members, all_rows()) if table_inputs else None,
+        write=lambda folder: write_fleet(folder / FLEET, layout, members, rows_of(names)) if table_inputs else None,
     )
     bundle = write_bundle(out, content, force=force)
     return Packed(bundle, layout, tuple(names[row - 1] for row in chosen_rows), base.made_now, tuple(base.warnings))
@@ -174,18 +174,6 @@ def _stacked(layout: Layout, rows: Iterable[Values]) -> Values:
         for name, array in row.items():
             parts[name].append(array)
     return {name: np.stack(arrays) for name, arrays in parts.items()}
-
-
-def _picked(rows: Iterable[Values], wanted: Collection[int]) -> Iterator[Values]:
-    return (row for number, row in enumerate(rows) if number in wanted)
-
-
-def _width(layout: Layout, graph: ir.Model) -> int:
-    """How many labels an answer has, those of other adapters included."""
-    outputs = graph.graph.outputs[0]
-    own = outputs.shape[-1] if outputs.shape is not None else None
-    sizes = [head.out_features for head in layout.heads]
-    return max([*sizes[-1:], own if isinstance(own, int) else 0])
 
 
 def _check_names(names: Sequence[str]) -> None:
