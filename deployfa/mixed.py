@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,20 +62,37 @@ class MixedRunner:
         """The names that there are now, the base's first."""
         return list(self._members) if self._table is None else self._table.names()
 
-    def labels(self, adapter: str) -> tuple[str, ...]:
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Lease | None]:
+        """The adapters as they are now, for several calls that must see the same; ``None`` where they cannot change."""
+        if self._table is None:
+            yield None
+            return
+        with self._table.snapshot() as lease:
+            yield lease
+
+    def labels(self, adapter: str, lease: Lease | None = None) -> tuple[str, ...]:
         """What the answers of ``adapter`` mean, in order; empty if it does not say."""
+        if lease is not None:
+            return lease.labels(adapter)
         if self._table is not None:
             return self._table.labels(adapter)
         self._row(adapter)
         return self._labels[adapter]
 
     def run(
-        self, feeds: Mapping[str, Array], adapters: Sequence[str], *, strength: Array | float | None = None
+        self,
+        feeds: Mapping[str, Array],
+        adapters: Sequence[str],
+        *,
+        strength: Array | float | None = None,
+        lease: Lease | None = None,
     ) -> dict[str, Array]:
         """One inference: ``adapters`` names one for each row, ``strength`` in [0, 1] is one for all or one for each.
 
-        Answers of an adapter with fewer labels than another end in minus infinity.  Raises ``InputError`` on an unknown
-        name, and what the runner raises on feeds that do not fit.
+        ``lease``: see ``lease()``; without one the adapters are those of this moment.  Answers of an adapter with fewer
+        labels than another end in minus infinity.  Raises ``InputError`` on an unknown name, and what the runner raises
+        on feeds that do not fit.
         """
         wanted = dict(feeds)
         if strength is not None:
@@ -82,9 +100,11 @@ class MixedRunner:
         if self._table is None:
             wanted[ADAPTER_IDS] = np.array([self._row(name) for name in adapters], np.int64)
             return self._runner.run(wanted)
-        with self._table.snapshot() as lease:
-            wanted[ADAPTER_IDS] = lease.rows(adapters)
-            return self._runner.run(wanted, self._bound(lease))
+        if lease is None:
+            with self._table.snapshot() as now:
+                return self.run(feeds, adapters, strength=strength, lease=now)
+        wanted[ADAPTER_IDS] = lease.rows(adapters)
+        return self._runner.run(wanted, self._bound(lease))
 
     def _row(self, name: str) -> int:
         row = self._members.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -15,7 +16,7 @@ from deployfa.mixed import MixedRunner
 from deployfa.preprocess import TextPreprocessor
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
-from deployfa.tables import AdapterTable
+from deployfa.tables import AdapterTable, Lease
 
 __all__ = ["Answer", "Predictor", "RunReport"]
 
@@ -84,14 +85,17 @@ class Predictor:
         bundle with slots, the adapter of this call, ``None`` for the base.  An answer has its adapter's own labels.
         """
         slot = self._in_slots(slot)
-        logits = self.logits(texts, adapters=adapters, strength=strength, slot=slot, batch_size=batch_size)
+        with self._lease() as lease:
+            # the labels are those of the adapters that answered, whoever replaces one meanwhile
+            logits = self._logits(texts, adapters, strength, slot, batch_size, lease)
+            named = {name: self._labels_of(name, lease) for name in adapters or ()}
         for number, text in enumerate(texts):
             adapter = adapters[number] if adapters is not None else None
             row = logits[number][~np.isneginf(logits[number])]
             if self.slots is not None:
                 labels = self._idle_labels if slot is None else list(slot.labels)
             else:
-                labels = self._labels if adapter is None or self._mixed is None else list(self._mixed.labels(adapter))
+                labels = self._labels if adapter is None else named[adapter]
             labels = labels or [f"LABEL_{position}" for position in range(len(row))]
             if len(labels) != len(row):
                 raise BundleError(f"the bundle names {len(labels)} labels for {len(row)} outputs; export it again")
@@ -110,8 +114,19 @@ class Predictor:
         batch_size: int = 32,
     ) -> Array:
         """(len(texts), labels), float32; minus infinity where a pack's adapter has fewer labels than another."""
+        with self._lease() as lease:
+            return self._logits(texts, adapters, strength, self._in_slots(slot), batch_size, lease)
+
+    def _logits(
+        self,
+        texts: Sequence[str],
+        adapters: Sequence[str] | None,
+        strength: float | None,
+        slot: SlotAdapter | None,
+        batch_size: int,
+        lease: Lease | None,
+    ) -> Array:
         self._check(texts, adapters, strength)
-        slot = self._in_slots(slot)
         order = np.argsort(self._preprocessor.lengths(texts), kind="stable")
         found: list[Array | None] = [None] * len(texts)
         for start in range(0, len(order), batch_size):
@@ -120,7 +135,7 @@ class Predictor:
             wanted = {name: feeds[name] for name in self._names}
             if isinstance(self._runner, MixedRunner):
                 named = [(adapters or ())[i] for i in chosen]
-                outputs = self._runner.run(wanted, named, strength=strength)[self._output]
+                outputs = self._runner.run(wanted, named, strength=strength, lease=lease)[self._output]
             elif isinstance(self._runner, SlotRunner):
                 outputs = self._runner.run(wanted, slot, strength=strength)[self._output]
             else:
@@ -128,6 +143,12 @@ class Predictor:
             for position, row in zip(chosen, outputs, strict=True):
                 found[int(position)] = row
         return np.stack([row for row in found if row is not None])
+
+    def _lease(self) -> contextlib.AbstractContextManager[Lease | None]:
+        return self._mixed.lease() if self._mixed is not None else contextlib.nullcontext()
+
+    def _labels_of(self, adapter: str, lease: Lease | None) -> list[str]:
+        return list(self._mixed.labels(adapter, lease)) if self._mixed is not None else self._labels
 
     def _in_slots(self, slot: SlotAdapter | Current | None) -> SlotAdapter | None:
         """The adapter of one call, the same for all its batches whoever swaps meanwhile."""

@@ -158,6 +158,27 @@ def test_adapters_come_and_go_without_a_new_session(packs: dict[str, Path], adap
     table.add("lorfa 2", to_lora(adapters["lorfa"]))
 
 
+def test_labels_are_those_of_the_adapter_that_answered(packs: dict[str, Path], adapters: dict[str, Adapter]) -> None:
+    """One with three labels is replaced by one with two, while the batch that it answers is on its way."""
+    bundle = Bundle.open(packs["inputs"])
+    table = open_table(bundle)
+    predictor = Predictor(bundle, table=table)
+    mixed = predictor._mixed
+    assert mixed is not None
+    run = mixed.run
+
+    def slow(*arguments, **words):  # type: ignore[no-untyped-def]
+        answer = run(*arguments, **words)
+        table.replace("three", adapters["vefa"])
+        return answer
+
+    mixed.run = slow  # type: ignore[method-assign]
+    (first,) = predictor.answer(TEXTS[:1], adapters=["three"])
+    assert list(first.scores) == ["bad", "so so", "good"]
+    (second,) = predictor.answer(TEXTS[:1], adapters=["three"])
+    assert list(second.scores) == ["negative", "positive"]
+
+
 def test_what_cannot_be_packed_is_refused_and_nothing_is_written(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     out = tmp_path / "out"
     vefa = adapters["vefa"]
