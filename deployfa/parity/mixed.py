@@ -10,7 +10,7 @@ import onnx_ir as ir
 from deployfa.adapter import Adapter
 from deployfa.edits import Array
 from deployfa.graph.resize import resize_heads
-from deployfa.parity.cases import Case, text_cases
+from deployfa.parity.cases import Case, text_cases, widened
 from deployfa.parity.truth import Noise, graph_truth
 from deployfa.preprocess import TextPreprocessor
 
@@ -49,13 +49,13 @@ def mixed_truth(
         cases, noise = graph_truth(resize_heads(base, adapter), adapter, [Case(preprocessor.encode(mine))])
         if silent is not None:
             silent(row, adapter, cases, noise)
-        truth, plain = cases[0].truth, cases[0].base
-        assert truth is not None and plain is not None  # graph_truth computes both
+        truth = cases[0].truth
+        assert truth is not None  # graph_truth computes it, and the base's answers
         squares += noise.relative**2 * np.sum(truth**2), np.sum(truth**2)
         largest = max(largest, noise.max_abs)
-        dealt += [
-            (row, text, _wide(t, labels), _wide(b, labels)) for text, t, b in zip(mine, truth, plain, strict=True)
-        ]
+        wide = widened(cases[0], labels)
+        assert wide.truth is not None and wide.base is not None  # as above
+        dealt += [(row, text, t, b) for text, t, b in zip(mine, wide.truth, wide.base, strict=True)]
     order = np.random.default_rng(seed).permutation(len(dealt))
     shuffled = [dealt[i] for i in order]
     mixed: list[Case] = []
@@ -70,11 +70,6 @@ def mixed_truth(
             Case(feeds, np.stack([t for _, _, t, _ in chosen]), np.stack([b for *_, b in chosen]), rows=case.rows)
         )
     return mixed, Noise(float(np.sqrt(squares[0] / squares[1])), largest, ())
-
-
-def _wide(answer: Array, labels: int) -> Array:
-    """(own labels,) → (labels,), the rest minus infinity."""
-    return np.pad(answer, (0, labels - len(answer)), constant_values=-np.inf)
 
 
 def _rows_of(case: Case, mixed: Sequence[Case]) -> list[int] | None:
