@@ -169,10 +169,15 @@ def test_a_blocked_own_weight_goes_to_the_norm_by_itself(builder):
     assert close(evaluate(folded, [feeds])[0], evaluate(beside, [feeds])[0])
 
 
-def test_a_plan_replayed_where_it_is_not_exact_is_refused(builder):
+def test_a_plan_replays_from_its_json_and_where_it_is_not_exact_is_refused(builder, as_bytes):
     one = edit()
-    plan = make_plan(Normed(builder, "layer norm").model, adapter(one), prefer="smallest-patch")
+    case = Normed(builder, "layer norm")
+    plan = make_plan(case.model, adapter(one), prefer="smallest-patch")
+    assert {each.placement for each in plan.edits} == {"norm"}
     again = msgspec.json.decode(msgspec.json.encode(plan), type=Plan)
+    replayed = apply_adapter(case.model, adapter(one), again)
+    assert as_bytes(replayed) == as_bytes(apply_adapter(case.model, adapter(one), plan))
+    assert as_bytes(replayed) != as_bytes(case.model)
     residual = Normed(builder, "layer norm", also="residual")
     with pytest.raises(PlanError, match=r"cannot fold into its norm.*also feeds Neg.*make a new plan"):
         apply_adapter(residual.model, adapter(one), again)
