@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -81,10 +82,11 @@ def save_graph(model: ir.Model, folder: Path, *, share_equal: bool = False) -> P
     """
     path = folder / GRAPH
     try:
-        if share_equal:
-            _save_sharing(model, path)
-        else:
-            ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
+        with _small_in_memory(model):
+            if share_equal:
+                _save_sharing(model, path)
+            else:
+                ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
     except Exception as error:
         # a large weight is folded as it is written; what is wrong with it arrives wrapped by onnx_ir
         cause: BaseException | None = error
@@ -94,6 +96,26 @@ def save_graph(model: ir.Model, folder: Path, *, share_equal: bool = False) -> P
             raise cause from error
         raise
     return path
+
+
+@contextmanager
+def _small_in_memory(model: ir.Model) -> Iterator[None]:
+    """Small weights that came from an external file, as copies for as long as this lasts.
+
+    onnx_ir would read them from the file and then unmap it, which fails where an array still looks into it.
+    """
+    held: list[tuple[ir.Value, ir.ExternalTensor]] = []
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _INSIDE_BYTES:
+                held.append((value, tensor))
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+    try:
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
 
 
 def _save_sharing(model: ir.Model, path: Path) -> None:

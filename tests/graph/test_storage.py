@@ -32,6 +32,30 @@ def test_round_trip(tmp_path, model, as_bytes):
     assert all("pkg.torch.onnx.name_scopes" in node.metadata_props for node in back.graph)
 
 
+@pytest.mark.parametrize("share_equal", [False, True])
+def test_a_small_weight_from_an_external_file_that_is_still_looked_at(tmp_path, builder, share_equal):
+    """As other exporters write it, and as this project did before small weights went inside the graph."""
+    g = builder()
+    w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    ir.save(
+        g.model(g.op("MatMul", g.input("x", 2, 2), g.const("w", w), out="y")),
+        theirs / "model.onnx",
+        external_data="model.onnx.data",
+        size_threshold_bytes=0,
+    )
+    graph = load_graph(theirs / "model.onnx")
+    looked_at = graph.graph.initializers["w"].const_value.numpy()
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    save_graph(graph, ours, share_equal=share_equal)
+    assert isinstance(graph.graph.initializers["w"].const_value, ir.ExternalTensor)
+    assert np.array_equal(looked_at, w)
+    (theirs / "model.onnx.data").unlink()
+    assert np.array_equal(load_graph(ours / "model.onnx").graph.initializers["w"].const_value.numpy(), w)
+
+
 def external(location, offset=0, length=16, dims=(2, 2), dtype=TensorProto.FLOAT):
     tensor = TensorProto(name="w", dims=dims, data_type=dtype, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", offset), ("length", length)):
