@@ -9,6 +9,7 @@ import typer
 from deployfa.cli import (
     apply,
     bench,
+    compile,
     convert,
     demo,
     export,
@@ -56,6 +57,7 @@ for command in (
     export.export,
     apply.apply,
     pack.pack,
+    compile.compile_,
     verify.verify,
     bench.bench,
     run.run,
@@ -64,4 +66,4 @@ for command in (
     fetch.fetch,
     models.models,
 ):
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)

@@ -74,8 +74,8 @@ class BundleError(InputError):
 class OutputExistsError(InputError):
     """The output exists already."""
 
-    def __init__(self, path: object) -> None:
-        super().__init__(f"'{path}' exists; pass --force to replace it, or another --out")
+    def __init__(self, path: object, *, instead: str = ", or another --out") -> None:
+        super().__init__(f"'{path}' exists; pass --force to replace it{instead}")
 
 
 class SiteError(DeployfaError):

@@ -151,7 +151,16 @@ def pack(
         target=target,
         cases=cases,
         noise=noise,
-        tables=Tables(layout=layout, adapters=members, inputs=table_inputs, file=FLEET if table_inputs else None),
+        tables=Tables(
+            layout=layout,
+            adapters=members,
+            inputs=table_inputs,
+            file=FLEET if table_inputs else None,
+            replaced={
+                path: {name: list(array.shape) for name, array in module.items()}
+                for path, module in first.modules.items()
+            },
+        ),
         summary=_summary(layout, members),
         write=lambda folder: write_fleet(folder / FLEET, layout, members, rows_of(names)) if table_inputs else None,
     )

@@ -69,6 +69,7 @@ class Bundle:
             needed.append(manifest.tables.file or "")
         if manifest.slots is not None:
             needed += [manifest.slots.file, manifest.slots.idle.file]
+        needed += [engine.file for engine in manifest.engines]
         optional = (f"{manifest.graph.file}.data", *TOKENIZER_FILES)
         for name in (*needed, *(name for name in optional if (self.path / name).exists())):
             if name not in manifest.files:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from deployfa.adapter import BaseReference
+from deployfa.runtimes.tensorrt.record import EngineRecord
 from deployfa.tables import Layout, Member
 
 __all__ = [
@@ -107,12 +108,14 @@ class Tables(msgspec.Struct, frozen=True, kw_only=True):
     """A bundle whose every row of a batch runs its own adapter.  ``adapters[i]`` is row i; row 0, ``base``, the base.
 
     ``inputs``: whether the tables are graph inputs, to be bound from ``file``, or constants of the graph.
+    ``replaced``: module → parameter → shape, of what the first adapter replaces: the base graph is found by it again.
     """
 
     layout: Layout
     adapters: list[Member]
     inputs: bool
     file: str | None = None
+    replaced: dict[str, dict[str, list[int]]] = {}
 
 
 class Slots(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +142,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     ``fusions``: fused operator (see ``deployfa.runtimes.fused_operators``) → how many before and after the adapter,
     both graphs fused as ``optimization.chosen`` says, with slots as ``slots.active.chosen``; ``None`` in a bundle of an
     older deployfa.
-    ``tables``: the adapters of a pack, ``slots``: the inputs that one adapter fills.
+    ``tables``: the adapters of a pack, ``slots``: the inputs that one adapter fills.  ``engines``: what was compiled.
     """
 
     format: str
@@ -158,5 +161,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []
     tables: Tables | None = None
     slots: Slots | None = None
+    engines: list[EngineRecord] = []
     parity: dict[str, Any] | None = None
     bench: dict[str, Any] | None = None

@@ -26,7 +26,7 @@ from deployfa.errors import PlanError
 from deployfa.graph.row_defaults import attach_defaults, default_strength
 from deployfa.tables.layout import ACTIVE
 
-__all__ = ["default_active", "idle_branch", "with_idle_branch", "with_row"]
+__all__ = ["adapted_branch", "default_active", "idle_branch", "with_idle_branch", "with_row"]
 
 _IDLE, _ADAPTED = "idle", "adapted"
 
@@ -91,12 +91,28 @@ def idle_branch(model: ir.Model) -> ir.Model:
 
     Raises ``PlanError`` if ``model`` has no such branch.
     """
+    return _alone(model, "else_branch")
+
+
+def adapted_branch(model: ir.Model) -> ir.Model:
+    """The slot graph in a graph of ``with_idle_branch`` as one of its own; the tensors of a row are plain inputs.
+
+    Raises ``PlanError`` if ``model`` has no such branch.
+    """
+    return _alone(model, "then_branch")
+
+
+def _alone(model: ir.Model, which: str) -> ir.Model:
     clone = model.clone()
     choice = next((node for node in clone.graph if node.op_type == "If" and node.name == "adapter_active/if"), None)
     if choice is None:
         raise PlanError("the graph has no idle branch; export it with --slots and without --no-idle-branch")
-    branch = choice.attributes["else_branch"].as_graph()
-    inputs = [value for value in clone.graph.inputs if value.name not in clone.graph.initializers]
+    branch = choice.attributes[which].as_graph()
+    inputs = [
+        value
+        for value in clone.graph.inputs
+        if value.name != ACTIVE and (which == "then_branch" or value.name not in clone.graph.initializers)
+    ]
     alone = {value.name: _like(value) for value in inputs}
     for value in inputs:
         _redirect(value, alone[value.name], branch)

@@ -11,7 +11,7 @@ from deployfa.edits import Array
 from deployfa.errors import PlanError
 from deployfa.graph.row_values import STRENGTH
 
-__all__ = ["attach_defaults", "bake", "default_strength"]
+__all__ = ["attach_defaults", "bake", "default_strength", "detach_defaults"]
 
 
 def attach_defaults(model: ir.Model, values: Mapping[str, Array]) -> None:
@@ -23,6 +23,18 @@ def attach_defaults(model: ir.Model, values: Mapping[str, Array]) -> None:
             raise PlanError(f"the graph has no input '{name}' to give a default")
         value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
         model.graph.register_initializer(value)
+
+
+def detach_defaults(model: ir.Model) -> dict[str, Array]:
+    """Make every optional input one that must be fed, and return what it was without.  Changes ``model``."""
+    defaults: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        name = value.name
+        if name is not None and name in model.graph.initializers and value.const_value is not None:
+            defaults[name] = np.array(value.const_value.numpy())
+            del model.graph.initializers[name]
+            value.const_value = None
+    return defaults
 
 
 def bake(model: ir.Model, values: Mapping[str, Array]) -> None:

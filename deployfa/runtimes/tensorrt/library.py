@@ -9,12 +9,13 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/ and https://docs.n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from deployfa.errors import MissingExtraError, RuntimeTargetError
 
-__all__ = ["LIBRARIES", "Library", "load_library"]
+__all__ = ["LIBRARIES", "Library", "check_installed", "load_library"]
 
 #: The oldest of each that this was written for: (major, minor).
 _OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
@@ -58,19 +59,23 @@ class Library:
         return getattr(self.api.ComputeCapability, f"SM{name.replace('.', '')}")
 
 
+def check_installed(target: str) -> None:
+    """Raise ``MissingExtraError``, without importing anything, if what ``target`` needs is not here."""
+    for name in _MODULES[target]:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, target, f"the target {target}")
+
+
 def load_library(target: str) -> Library:
     """Import what ``target`` needs, which takes a second or more.
 
     Raises ``MissingExtraError`` when it is not installed, and ``RuntimeTargetError`` when it is too old or its own
     libraries do not load.
     """
+    check_installed(target)
     for name in _MODULES[target]:
         try:
             api = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise RuntimeTargetError(f"{name} lacks {error.name}; install deployfa[{target}] again") from error
-            raise MissingExtraError(name, target, f"the target {target}") from error
         except Exception as error:  # each loader fails in its own way: OSError, RuntimeError, ImportError
             raise RuntimeTargetError(
                 f"{name} is installed but does not load ({_first_line(error)}); install deployfa[{target}] again"
