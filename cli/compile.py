@@ -127,8 +127,8 @@ def engine_table(engine: EngineRecord) -> Table:
     table.add_row("sizes (min, opt, max)", "; ".join(f"{name} {sizes}" for name, sizes in engine.profile.items()))
     table.add_row("layers by type", ", ".join(f"{kind} {count}" for kind, count in engine.layer_types.items()))
     if engine.graph_error is not None:
-        limit = f", limit {engine.error_limit:.1e}" if engine.error_limit is not None else ", no limit is derived"
-        table.add_row("error of its graph", f"{engine.graph_error:.1e} of the reference, in ONNX Runtime{limit}")
+        error = f"{engine.graph_error:.1e} of the reference, in ONNX Runtime; limit {engine.error_limit:.1e}"
+        table.add_row("error of its graph", error)
     table.add_row("sha256", engine.sha256)
     return table
 

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from deployfa.edits import Array
+from deployfa.parity.measures import LIMIT
+from deployfa.quantise import quantise
 
-__all__ = ["PRECISIONS", "Lowered", "lower"]
+__all__ = ["PRECISIONS", "Judge", "Lowered", "lower"]
 
-Feeds = Sequence[Mapping[str, Array]]
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """What a lowered graph is judged by.
+
+    feeds: the stored reference's, one call each.  error: of a graph against it, normwise relative.  noise: what float32
+    has of it; effect: how far the adapter moves the answers from the base's, in the same measure.
+    """
+
+    feeds: Sequence[Mapping[str, Array]]
+    error: Callable[[ir.Model], float]
+    noise: float
+    effect: float
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """A typed graph.
 
-    low, kept: operator → how many nodes compute in ``precision``, and in float32 still.  rounding: how much coarser
-    than float32 it rounds, which is how much more noise it may have; ``None`` where no such bound holds.
+    low, kept: operator → how many nodes compute in ``precision``, and in float32 still.  limit: the error that it may
+    have.
     """
 
     model: ir.Model
     precision: str
     low: dict[str, int]
     kept: dict[str, int]
-    rounding: float | None
+    limit: float
 
 
-def lower(model: ir.Model, precision: str, feeds: Feeds) -> Lowered:
-    """``model`` in ``precision``, a key of ``PRECISIONS``; ``feeds`` are what an int8 graph is calibrated with."""
-    return PRECISIONS[precision](model, feeds)
+def lower(model: ir.Model, precision: str, judge: Judge) -> Lowered:
+    """``model``, whose nodes have names, in ``precision``, a key of ``PRECISIONS``.
+
+    A float type may have ``LIMIT`` times the float32 noise, times how much coarser it rounds.  Nothing of the kind
+    bounds int8: it may lose half of what the adapter adds, or the adapter would not be what is deployed.
+    """
+    return PRECISIONS[precision](model, judge)
 
 
-def _float32(model: ir.Model, feeds: Feeds) -> Lowered:
-    return Lowered(model, "fp32", {}, {}, 1.0)
+def _float32(model: ir.Model, judge: Judge) -> Lowered:
+    return Lowered(model, "fp32", {}, {}, LIMIT * judge.noise)
 
 
-PRECISIONS: dict[str, Callable[[ir.Model, Feeds], Lowered]] = {"fp32": _float32}
+def _int8(model: ir.Model, judge: Judge) -> Lowered:
+    quantised, chosen = quantise(model, judge.feeds, judge.error, allowed=judge.effect / 2)
+    low = Counter(node.op_type for node in model.graph if node.name in set(chosen))
+    products = Counter(node.op_type for node in model.graph if node.op_type in low)
+    kept = {op: count - low[op] for op, count in products.items() if count > low[op]}
+    return Lowered(quantised, "int8", dict(sorted(low.items())), kept, judge.effect / 2)
+
+
+PRECISIONS: dict[str, Callable[[ir.Model, Judge], Lowered]] = {"fp32": _float32, "int8": _int8}

@@ -40,6 +40,6 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     kept: dict[str, int] = {}
     layer_types: dict[str, int] = {}
     graph_error: float | None = None
-    error_limit: float | None = None
+    error_limit: float
     seconds: float
     command: str
