@@ -137,6 +137,24 @@ class EngineRunner:
         with self._lock:
             self._execute()
 
+    def replace_weights(self, weights: Mapping[str, Array]) -> None:
+        """Put other weights in the place of the engine's, by their names in the graph; see ``refit``, which checks.
+
+        Raises ``RuntimeTargetError`` if the library does not know a weight, needs more of them, or refuses.
+        """
+        api = self._library.api
+        with self._lock:
+            refitter = api.Refitter(self._engine, self._log)
+            held = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+            for name, array in held.items():
+                self._must(refitter.set_named_weights(name, api.Weights(array)), f"take the weight '{name}'")
+            missing = refitter.get_missing_weights()
+            self._must(not missing, f"refit without '{missing[0] if missing else ''}'")
+            self._must(refitter.refit_cuda_engine(), "refit")
+            for graph in self._captures.values():
+                self._stream.drop(graph)
+            self._captures.clear()
+
     @property
     def stream(self) -> Stream:
         """Where everything happens, in order."""
