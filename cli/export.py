@@ -50,7 +50,8 @@ def export(
     model: ModelOption = None,
     target: Annotated[str, typer.Option("--target", help="Runtime and provider.")] = "onnxruntime-cpu",
     optimize: Annotated[
-        str, typer.Option("--optimize", help="auto times every fusion and keeps the fastest; or none, ort, onnxscript.")
+        str,
+        typer.Option("--optimize", help="auto times all and keeps the fastest; or none, ort, ort-sum, onnxscript."),
     ] = "auto",
     placement: PlacementOption = "auto",
     prefer: PreferOption = "smallest-patch",

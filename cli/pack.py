@@ -41,7 +41,8 @@ def pack(
     model: ModelOption = None,
     target: Annotated[str, typer.Option("--target", help="Runtime and provider.")] = "onnxruntime-cpu",
     optimize: Annotated[
-        str, typer.Option("--optimize", help="auto times every fusion and keeps the fastest; or none, ort, onnxscript.")
+        str,
+        typer.Option("--optimize", help="auto times all and keeps the fastest; or none, ort, ort-sum, onnxscript."),
     ] = "auto",
     table_inputs: Annotated[
         bool,

@@ -123,7 +123,7 @@ def test_auto_times_fusions_and_records_them(trained: dict[str, Path], tmp_path:
 
     done = export(Adapter.load(trained["vefa"]), tmp_path / "auto", shapes=[Shape(1, 8)])
     record = done.bundle.manifest.optimization
-    assert {candidate.name for candidate in record.tried} == {"none", "ort", "onnxscript"}
+    assert {candidate.name for candidate in record.tried} == {"none", "ort", "ort-sum", "onnxscript"}
     timed = [candidate for candidate in record.tried if candidate.refused is None]
     assert len(timed) >= 2
     assert all(candidate.median_ms["1x8"] > 0 and candidate.error is not None for candidate in timed)

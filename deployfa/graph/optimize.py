@@ -1,7 +1,8 @@
 """Fuse a graph for ONNX Runtime, the last step: after it, sites can no longer be found.
 
 Two libraries do the work, each the better one at some shapes (neither always beats no fusion at all), so ``auto``
-builds every candidate and the pipeline times them.
+builds every candidate and the pipeline times them.  ``ort-sum`` is the first one's graph with residuals that ONNX
+Runtime cannot fuse with their norm, see ``residual_sums``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 import onnx_ir as ir
 
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.graph.residual_sums import residual_sums
 
 __all__ = ["FUSIONS", "fuse"]
 
@@ -49,6 +51,13 @@ def _transformers(model: ir.Model) -> ir.Model:
     return model
 
 
+def _transformers_sums(model: ir.Model) -> ir.Model:
+    """``ort`` without fused skip-norms."""
+    fused = _transformers(model)
+    residual_sums(fused)
+    return fused
+
+
 def _onnxscript(model: ir.Model) -> ir.Model:
     """onnxscript's own ONNX Runtime fusions."""
     try:
@@ -62,6 +71,7 @@ def _onnxscript(model: ir.Model) -> ir.Model:
 FUSIONS: dict[str, Callable[[ir.Model], ir.Model]] = {
     "none": _none,
     "ort": _transformers,
+    "ort-sum": _transformers_sums,
     "onnxscript": _onnxscript,
 }
 

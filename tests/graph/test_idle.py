@@ -21,7 +21,7 @@ from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.tables import base_row, row_of
 
 BASE = BaseReference(fingerprint="sha256:base")
-FUSIONS = ("none", "ort", "onnxscript")
+FUSIONS = ("none", "ort", "ort-sum", "onnxscript")
 
 
 def numbers(seed, *shape):
