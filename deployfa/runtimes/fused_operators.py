@@ -10,16 +10,18 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimi
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
 
-__all__ = ["fused_operators", "session_graph"]
+__all__ = ["fused_operators", "session_file", "session_graph"]
 
 #: Operators of the ONNX standard that stand for several others, so that a fusion can make one.  (ONNX Runtime keeps its
 #: ``SimplifiedLayerNormalization`` in the standard's domain.)  Of other standard operators more or fewer says nothing:
@@ -41,6 +43,7 @@ _COMPOSITE = frozenset(
     }
 )
 _STANDARD = {"", "ai.onnx"}
+_LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED"}
 _ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
 _DENSE = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm"}
 
@@ -61,23 +64,8 @@ def fused_operators(graph: Path, unfused: ir.Model) -> dict[str, int]:
 
 
 def session_graph(graph: Path) -> ir.Model:
-    """The graph that ONNX Runtime makes of ``graph``, weights read; see the module's docstring for the level."""
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnxruntime", "cpu", "finding out what a session fuses") from error
-    if not graph.is_file():
-        raise InputError(f"no graph at '{graph}'; pass an .onnx file")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    with tempfile.TemporaryDirectory(prefix="deployfa-session-") as scratch:
-        written = Path(scratch) / "session.onnx"
-        options.optimized_model_filepath = str(written)
-        # beside the graph, or more than 2 GB of weights would not fit into it
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "session.data")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        _load(ort, graph, options)
+    """The graph that ONNX Runtime makes of ``graph``, without the weights; see the module's docstring for the level."""
+    with session_file(graph) as written:
         model = ir.load(written)
         # structure only: what lay in the scratch folder is gone after this
         for each in (model.graph, *model.graph.subgraphs()):
@@ -86,12 +74,40 @@ def session_graph(graph: Path) -> ir.Model:
     return model
 
 
-def _load(ort: Any, graph: Path, options: Any) -> None:
+@contextlib.contextmanager
+def session_file(graph: Path | bytes, *, level: Literal["none", "basic", "extended"] = "extended") -> Iterator[Path]:
+    """Yield the file to which ONNX Runtime wrote what it makes of ``graph`` on the CPU; it is gone afterwards.
+
+    level: of its optimisations; ``basic`` gives what it shares out among the providers.  Raises what
+    ``fused_operators`` raises.
+    """
     try:
-        ort.InferenceSession(str(graph), sess_options=options, providers=["CPUExecutionProvider"])
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("onnxruntime", "cpu", "finding out what a session fuses") from error
+    if isinstance(graph, Path) and not graph.is_file():
+        raise InputError(f"no graph at '{graph}'; pass an .onnx file")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
+    with tempfile.TemporaryDirectory(prefix="deployfa-session-") as scratch:
+        written = Path(scratch) / "session.onnx"
+        options.optimized_model_filepath = str(written)
+        # beside the graph, or more than 2 GB of weights would not fit into it
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "session.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        _load(ort, graph, options)
+        yield written
+
+
+def _load(ort: Any, graph: Path | bytes, options: Any) -> None:
+    source = graph if isinstance(graph, bytes) else str(graph)
+    try:
+        ort.InferenceSession(source, sess_options=options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeTargetError(f"onnxruntime does not load '{graph}' ({text}); export it again") from error
+        shown = "the graph" if isinstance(source, bytes) else f"'{source}'"
+        raise RuntimeTargetError(f"onnxruntime does not load {shown} ({text}); export it again") from error
 
 
 def _operators(model: ir.Model) -> Counter[str]:

@@ -13,7 +13,10 @@ import numpy as np
 
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.runtimes.assignment import RECORD, check_assignment
+from deployfa.runtimes.context import check_trusted
 from deployfa.runtimes.initializers import replace_initializers
+from deployfa.runtimes.providers import CPU, attach, provider_of
 from deployfa.runtimes.runner import TensorSpec
 
 __all__ = ["OnnxRuntimeRunner", "check_feeds"]
@@ -25,58 +28,64 @@ _ONNX_BFLOAT16 = 16
 class OnnxRuntimeRunner:
     """One inference session.
 
-    model: a path, or the bytes of a graph whose weights are inside it.  provider: exactly this one, never another;
-    operators that it lacks may still run on the CPU, which is how ONNX Runtime defines every provider.  threads: of
+    model: a path, or the bytes of a graph whose weights are inside it.  provider: exactly this one: what computes with
+    numbers runs there, or no session is made (``deployfa.runtimes.assignment`` has the rule).  threads: of
     one operator, ``None`` for ONNX Runtime's choice (one a physical core).  spinning: whether idle threads keep
     polling, which answers sooner and burns a core.  optimize: ``False`` runs the graph exactly as it is written.
     initializers: values that take the place of the graph's own, by name, before anything is optimised (see
     ``deployfa.runtimes.initializers``); the graph must be a path.  bound: inputs that every run gets the same arrays
     for (tables of adapters), which stay where they are and are not among ``inputs``; ``bind`` changes them.
+    trusted_sha256: of a graph that holds compiled engines (``deployfa.runtimes.context``), which are code.
 
     Raises ``InputError`` when there is no such file, ``MissingExtraError`` without onnxruntime, and
-    ``RuntimeTargetError`` when the graph does not load or the session did not get its provider.
+    ``RuntimeTargetError`` when the graph does not load, the session did not get its provider, or a node fell back from
+    it, and for engines that nobody vouches for.
     """
 
     def __init__(
         self,
         model: Path | bytes | str,
         *,
-        provider: str = "CPUExecutionProvider",
+        provider: str = CPU,
         threads: int | None = None,
         spinning: bool = True,
         optimize: bool = True,
         initializers: Mapping[str, Array] | None = None,
         bound: Mapping[str, Array] | None = None,
+        trusted_sha256: str | None = None,
     ) -> None:
         ort = _import_onnxruntime()
-        available = ort.get_available_providers()
-        if provider not in available:
-            raise RuntimeTargetError(
-                f"provider '{provider}' is not in this onnxruntime; available: {', '.join(available)}"
-            )
         source: str | bytes = model if isinstance(model, bytes) else str(model)
         if isinstance(source, str) and not Path(source).is_file():
             raise InputError(f"no graph at '{source}'; pass an .onnx file")
         shown = "the graph" if isinstance(source, bytes) else f"'{source}'"
         options = _session_options(ort, threads=threads, spinning=spinning, optimize=optimize)
+        asked = attach(ort, options, provider)
+        if provider != CPU:
+            # the CPU's provider loads no engines, and nothing falls back from it
+            check_trusted(model, trusted_sha256)
+            options.add_session_config_entry(RECORD, "1")
         alive: list[Any] = []
         if initializers:
             if isinstance(model, bytes):
                 raise InputError("initializers can be replaced in a graph file only; pass its path")
             source, alive = replace_initializers(options, Path(model), initializers)
         try:
-            session = ort.InferenceSession(source, sess_options=options, providers=[provider])
+            session = ort.InferenceSession(source, sess_options=options, **asked.arguments)
         except Exception as error:  # its exceptions share no base class
             raise RuntimeTargetError(
-                f"onnxruntime does not load {shown} ({_first_line(error)}); export it again or pick another provider"
+                f"onnxruntime does not load {shown} ({_first_line(error)}); {_way_out(provider, 'export it again')}"
             ) from error
         del alive  # the session has copied them
         got = session.get_providers()
         if not got or got[0] != provider:
+            missing = f" ({', '.join(asked.missing)} not found)" if asked.missing else ""
             raise RuntimeTargetError(
-                f"asked for {provider}, but the session of {shown} runs on {', '.join(got) or 'nothing'}; "
-                "install what that provider needs, or ask for the one it got"
+                f"asked for {provider}, but the session of {shown} runs on {', '.join(got) or 'nothing'}{missing}; "
+                f"{_way_out(provider, 'install what that provider needs')}"
             )
+        if provider != CPU:
+            check_assignment(session, provider, model if isinstance(model, bytes) else Path(model), optimize=optimize)
         session.disable_fallback()
         self.session = session
         self.provider = provider
@@ -165,6 +174,14 @@ def _import_onnxruntime() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError("onnxruntime", "cpu", "running a graph") from error
     return onnxruntime
+
+
+def _way_out(provider: str, otherwise: str) -> str:
+    found = provider_of(provider)
+    if found is None or provider == CPU:
+        return f"{otherwise} or pick another provider"
+    target, known = found
+    return f"{target} needs {known.needs}: install what is missing, or pick the target onnxruntime-cpu"
 
 
 def _session_options(ort: Any, *, threads: int | None, spinning: bool, optimize: bool) -> Any:
