@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from deployfa.cli.console import print_json, progress_bar, recorded, show
-from deployfa.cli.options import Force, Json, ModelOption, Threads, parse_shapes
+from deployfa.cli.options import Force, Json, ModelOption, TargetOption, Threads, parse_shapes
 
 __all__ = ["bench"]
 
@@ -20,6 +20,7 @@ def bench(
     against: Annotated[
         str, typer.Option("--against", help="base, torch, FILE.onnx,...: the first is what ratios refer to.")
     ] = "",
+    target: TargetOption = None,
     threads: Threads = None,
     spinning: Annotated[
         Literal["on", "off", "both"],
@@ -46,7 +47,9 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="deployfa-base-") as scratch, progress_bar() as progress:
         from deployfa.bench import bench as run_bench
 
-        opened, contenders = collect(bundles, [a for a in against.split(",") if a], Path(scratch), model=model)
+        opened, contenders = collect(
+            bundles, [a for a in against.split(",") if a], Path(scratch), model=model, target=target
+        )
         report = run_bench(
             contenders,
             sizes,

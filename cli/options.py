@@ -23,6 +23,7 @@ __all__ = [
     "PreferOption",
     "RequireFold",
     "StrengthOption",
+    "TargetOption",
     "Threads",
     "Untie",
     "named_files",
@@ -62,6 +63,10 @@ Untie = Annotated[
 ]
 StrengthOption = Annotated[
     float, typer.Option("--strength", help="Scale the edits: 0 is the base with the adapter's head, 1 the adapter.")
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", help="Where it runs; deployfa doctor lists what can. Default: the bundle's own."),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deployfa.cli.console import print_json, show
-from deployfa.cli.options import Json, PatchOption, Threads
+from deployfa.cli.options import Json, PatchOption, TargetOption, Threads
 from deployfa.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def run(
         float | None, typer.Option("--strength", help="Of a pack's or a slot's adapter: 0 is the base, 1 all of it.")
     ] = None,
     patch: PatchOption = None,
+    target: TargetOption = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -58,7 +59,7 @@ def run(
     if not texts:
         raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
     opened = Bundle.open(bundle, patch=patch)
-    predictor = Predictor(opened, threads=threads)
+    predictor = Predictor(opened, target=target, threads=threads)
     if predictor.slots is not None:
         _swap(opened, predictor.slots, adapter or [])
         named = None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deployfa.cli.console import print_json, recorded, show, spinner
-from deployfa.cli.options import Json, ModelOption, PatchOption
+from deployfa.cli.options import Json, ModelOption, PatchOption, TargetOption
 
 __all__ = ["verify"]
 
@@ -27,6 +27,7 @@ def verify(
             "--torch/--no-torch", help="Compare with PyTorch, or with the stored reference. Default: if here."
         ),
     ] = None,
+    target: TargetOption = None,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top.")] = 500,
     json: Json = False,
 ) -> None:
@@ -43,7 +44,9 @@ def verify(
     loaded = Adapter.load(adapter) if adapter is not None else None
     rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
     with spinner("verifying") as status:
-        report = run_verify(opened, rows=rows, model=model, adapter=loaded, use_torch=torch, status=status)
+        report = run_verify(
+            opened, rows=rows, model=model, adapter=loaded, use_torch=torch, target=target, status=status
+        )
     recorded(opened, parity=report.summary())
     if json:
         print_json(report)

@@ -12,42 +12,57 @@ from deployfa.bench import BenchReport, Contender
 from deployfa.bundle import Bundle
 from deployfa.errors import InputError
 from deployfa.pipeline import fused_base
+from deployfa.runtimes.targets import check_target
 
 __all__ = ["collect", "forget_scratch", "summaries"]
 
 
 def collect(
-    paths: Sequence[Path], against: Sequence[str], scratch: Path, *, model: str | None = None
+    paths: Sequence[Path],
+    against: Sequence[str],
+    scratch: Path,
+    *,
+    model: str | None = None,
+    target: str | None = None,
 ) -> tuple[list[Bundle], list[Contender]]:
     """What to time: first what ``against`` names (``base``, ``torch``, or a graph file), then the bundles.
 
-    ``base`` is the first bundle's base graph with the same head and fusion, written to ``scratch``.
+    ``base`` is the first bundle's base graph with the same head and fusion, written to ``scratch``.  target: of all
+    graphs; by default a bundle's own, and the first bundle's for the others.
     """
+    if target is not None:
+        check_target(target)
     bundles = [Bundle.open(path) for path in paths]
     first = bundles[0]
+    beside = target or first.manifest.target
     contenders = []
     for name in against:
         if name == "base":
-            contenders.append(Contender(label="base", graph=fused_base(first, scratch, model=model)))
+            contenders.append(Contender(label="base", graph=fused_base(first, scratch, model=model), target=beside))
         elif name == "torch":
             base = model or first.manifest.base.name
             contenders.append(Contender(label="torch", kind="torch", adapter=first.adapter, model=base))
         elif name.endswith(".onnx"):
-            contenders.append(Contender(label=Path(name).stem, graph=Path(name)))
+            contenders.append(Contender(label=Path(name).stem, graph=Path(name), target=beside))
         else:
             raise InputError(f"--against knows base, torch and FILE.onnx, not '{name}'")
     for bundle in bundles:
-        contenders.append(_contender(bundle, _label(bundle, bundles)))
+        contenders.append(_contender(bundle, _label(bundle, bundles), target or bundle.manifest.target))
     return bundles, contenders
 
 
-def _contender(bundle: Bundle, label: str) -> Contender:
+def _contender(bundle: Bundle, label: str, target: str) -> Contender:
     tables = bundle.manifest.tables
     if tables is None:
-        return Contender(label=label, graph=bundle.graph, bundle=bundle.path)
+        return Contender(label=label, graph=bundle.graph, bundle=bundle.path, target=target)
     fleet = bundle.path / tables.file if tables.file is not None else None
     return Contender(
-        label=label, graph=bundle.graph, bundle=bundle.path, adapters=len(tables.adapters) - 1, fleet=fleet
+        label=label,
+        graph=bundle.graph,
+        bundle=bundle.path,
+        target=target,
+        adapters=len(tables.adapters) - 1,
+        fleet=fleet,
     )
 
 
@@ -62,6 +77,7 @@ def forget_scratch(report: BenchReport, scratch: Path) -> BenchReport:
 
 def summaries(bundles: Sequence[Bundle], report: BenchReport) -> Iterator[tuple[Bundle, dict[str, Any]]]:
     """For each bundle, what its manifest keeps of the bench: medians and ratios per shape, and on what machine."""
+    targets = {each.label: each.target for each in report.contenders}
     for bundle in bundles:
         label = _label(bundle, bundles)
         shapes = {
@@ -79,6 +95,7 @@ def summaries(bundles: Sequence[Bundle], report: BenchReport) -> Iterator[tuple[
             bundle,
             {
                 "against": report.contenders[0].label,
+                "target": targets[label],
                 "threads": report.settings.threads,
                 "cpu": cpu,
                 "shapes": shapes,

@@ -102,7 +102,7 @@ def export_delta(
     differs, and ``RuntimeTargetError`` if the patched session answers otherwise.
     """
     say = status or (lambda _: None)
-    check_export_options(target, optimize)
+    fresh_optimize = check_export_options(target, optimize)
     check_output(out, force=force)
     if out.is_dir():
         raise InputError(f"'{out}' is a folder and a patch is one file; pass another --out")
@@ -132,7 +132,7 @@ def export_delta(
     with tempfile.TemporaryDirectory(prefix="deployfa-delta-") as folder:
         scratch = Path(folder)
         if there is None:
-            fresh = _Fresh(base, graph, adapter, plan, target, optimize, rows, shapes, threads)
+            fresh = _Fresh(base, graph, adapter, plan, target, fresh_optimize, rows, shapes, threads)
             bundle, fused = _write_fleet(fleet, adapted, fresh, scratch, say)
         else:
             bundle, fused = there, fuse(adapted, there.manifest.optimization.chosen)

@@ -13,8 +13,8 @@ from deployfa.bundle import Bundle
 from deployfa.edits import Array
 from deployfa.errors import InputError
 from deployfa.graph.row_ops import ADAPTER_IDS, STRENGTH
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
+from deployfa.runtimes.targets import open_onnxruntime
 from deployfa.tables import AdapterTable, Lease, open_fleet
 
 __all__ = ["MixedRunner", "open_table"]
@@ -35,18 +35,29 @@ class MixedRunner:
     """One session of a pack.  Thread-safe: which adapters run is an argument of the call.
 
     table: where the adapters are, for a pack with its tables as inputs; by default the bundle's own file, read by
-    memory map.  What is added to or taken from ``table`` is there, or gone, at the next call.
+    memory map.  What is added to or taken from ``table`` is there, or gone, at the next call.  target: of
+    ``deployfa.runtimes.targets``, by default the bundle's own.
     """
 
-    def __init__(self, bundle: Bundle, table: AdapterTable | None = None, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        table: AdapterTable | None = None,
+        *,
+        target: str | None = None,
+        threads: int | None = None,
+    ) -> None:
         tables = bundle.manifest.tables
         if tables is None:
             raise InputError(f"'{bundle.path}' holds one adapter; make a pack with: deployfa pack")
         if table is not None and (not tables.inputs or table.layout != tables.layout):
             raise InputError(f"the table has another layout than '{bundle.path}'; make it with open_table(bundle)")
         self._table = table
-        self._runner = OnnxRuntimeRunner(
-            bundle.graph, threads=threads, bound=bundle.bound if table is None else dict(_first(table))
+        self._runner = open_onnxruntime(
+            target or bundle.manifest.target,
+            bundle.graph,
+            threads=threads,
+            bound=bundle.bound if table is None else dict(_first(table)),
         )
         self._members = {member.name: row for row, member in enumerate(tables.adapters)}
         self._labels = {member.name: member.labels for member in tables.adapters}

@@ -79,7 +79,7 @@ def pack(
     ``SiteError``, ``EditError`` or ``PlanError``, naming the adapter, where one does not fit.
     """
     say = status or (lambda _: None)
-    check_export_options(target, optimize)
+    optimize = check_export_options(target, optimize)
     if check < 1:
         raise InputError(f"check is {check}; pass 1 or more adapters to hold against their truth")
     check_output(out, force=force, holding=MANIFEST)

@@ -41,10 +41,10 @@ from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
 from deployfa.preprocess import TextPreprocessor
+from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 
 __all__ = [
     "DEFAULT_SHAPES",
-    "TARGETS",
     "Content",
     "Exported",
     "check_effect",
@@ -60,7 +60,6 @@ __all__ = [
 ]
 
 Status = Callable[[str], None]
-TARGETS = ("onnxruntime-cpu",)
 DEFAULT_SHAPES = (Shape(1, 128), Shape(8, 128))
 _REFERENCE = "reference.safetensors"
 
@@ -117,7 +116,7 @@ def export(
     Neither the adapter nor the base is changed.
     """
     say = status or (lambda _: None)
-    check_export_options(target, optimize)
+    optimize = check_export_options(target, optimize)
     check_output(out, force=force, holding=MANIFEST)
     plan, base = plan_adapter(
         adapter,
@@ -183,12 +182,20 @@ def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
     return Bundle.open(out)
 
 
-def check_export_options(target: str, optimize: str) -> None:
-    """Raise ``InputError`` for an unknown target or fusion before long work starts."""
-    if target not in TARGETS:
-        raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
+def check_export_options(target: str, optimize: str) -> str:
+    """The fusion to make; raises ``InputError`` for an unknown target or fusion before long work starts.
+
+    Fusions are timed on the CPU: for another target ``auto`` is ``none``, which leaves them to its runtime.  TensorRT
+    runs standard operators and no others.
+    """
+    check_target(target)
     if optimize != "auto" and optimize not in FUSIONS:
         raise InputError(f"no fusion '{optimize}'; use auto or one of: {', '.join(FUSIONS)}")
+    if target == DEFAULT_TARGET:
+        return optimize
+    if "tensorrt" in target and optimize not in {"auto", "none"}:
+        raise InputError("TensorRT fuses for itself and does not know ONNX Runtime's operators; pass --optimize none")
+    return "none" if optimize == "auto" else optimize
 
 
 def fused_base(bundle: Bundle, folder: Path, *, model: str | Path | None = None) -> Path:

@@ -14,8 +14,9 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.mixed import MixedRunner
 from deployfa.preprocess import TextPreprocessor
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+from deployfa.runtimes.runner import Runner
 from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
+from deployfa.runtimes.targets import open_runner
 from deployfa.tables import AdapterTable, Lease
 
 __all__ = ["Answer", "Predictor", "RunReport"]
@@ -43,22 +44,34 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Predictor:
-    """A session and a tokenizer, made once, asked often.  table: see ``MixedRunner``.
+    """A session and a tokenizer, made once, asked often.  table: see ``MixedRunner``.  target: of
+    ``deployfa.runtimes.targets``, by default the bundle's own.
 
     ``slots``: of a bundle exported with slots, what swaps its adapter; ``None`` of any other.
     """
 
-    def __init__(self, bundle: Bundle, *, table: AdapterTable | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        table: AdapterTable | None = None,
+        target: str | None = None,
+        threads: int | None = None,
+    ) -> None:
         manifest = bundle.manifest
+        target = target or manifest.target
         if manifest.preprocessing.kind != "text":
             raise BundleError(f"'{bundle.path}' reads {manifest.preprocessing.kind}, not text")
         self._preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
-        self._mixed = MixedRunner(bundle, table, threads=threads) if manifest.tables is not None else None
-        self.slots = open_slots(bundle, threads=threads) if manifest.slots is not None else None
-        self._runner: MixedRunner | SlotRunner | OnnxRuntimeRunner = (
+        self._mixed, self.slots = None, None
+        if manifest.tables is not None:
+            self._mixed = MixedRunner(bundle, table, target=target, threads=threads)
+        if manifest.slots is not None:
+            self.slots = open_slots(bundle, target=target, threads=threads)
+        self._runner: MixedRunner | SlotRunner | Runner = (
             self._mixed
             or self.slots
-            or OnnxRuntimeRunner(bundle.graph, threads=threads, initializers=bundle.initializers)
+            or open_runner(target, bundle.graph, threads=threads, initializers=bundle.initializers)
         )
         self._names = [spec.name for spec in self._runner.inputs]
         self._output = manifest.graph.outputs[0].name

@@ -113,7 +113,7 @@ def export_slots(
     hold.
     """
     say = status or (lambda _: None)
-    check_export_options(target, optimize)
+    optimize = check_export_options(target, optimize)
     check_output(out, force=force, holding=MANIFEST)
     base = base_graph(adapter, model=model, allow_mismatch=allow_base_mismatch, status=status)
     graph = base.load()

@@ -13,8 +13,8 @@ IN_FEATURES = 384  # the widest product of a small encoder's layer: hidden size 
 OUT_FEATURES = 1536
 
 
-def ceiling_contender(folder: Path) -> Contender:
-    """Write the graph ``y = x W`` into ``folder``; x: (batch, sequence, 384), W: (384, 1536), float32."""
+def ceiling_contender(folder: Path, target: str) -> Contender:
+    """Write ``y = x W`` for ``target`` into ``folder``; x: (batch, sequence, 384), W: (384, 1536), float32."""
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -29,7 +29,7 @@ def ceiling_contender(folder: Path) -> Contender:
     )
     path = folder / "bare_matmul.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
-    return Contender(LABEL, graph=path)
+    return Contender(LABEL, graph=path, target=target)
 
 
 def ceiling_flops(shape: Shape) -> int:

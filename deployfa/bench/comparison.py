@@ -21,6 +21,7 @@ from deployfa.bench.results import BenchReport, Ceiling, ContenderReport, Result
 from deployfa.bench.sizes import contender_bytes
 from deployfa.bench.statistics import Interval, Verdict, median_ratio, percentile, verdict
 from deployfa.errors import InputError, StatisticsError
+from deployfa.runtimes.targets import DEFAULT_TARGET
 
 __all__ = ["bench"]
 
@@ -67,7 +68,8 @@ def bench(
         check_output(samples_out, force=force)
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="deployfa-bench-") as folder:
-        beside = [ceiling.ceiling_contender(Path(folder))] if bare_matmul else []
+        target = next((each.target for each in listed if each.kind == "onnx"), DEFAULT_TARGET)
+        beside = [ceiling.ceiling_contender(Path(folder), target)] if bare_matmul else []
         plan = Plan(
             contenders=(*listed, *beside),
             shapes=tuple(dict.fromkeys(shapes)),
@@ -184,6 +186,7 @@ def _contender(contender: Contender, cold: Cold) -> ContenderReport:
     return ContenderReport(
         label=contender.label,
         kind=contender.kind,
+        target=contender.target if contender.kind == "onnx" else "torch-cpu",
         graph=None if contender.graph is None else str(contender.graph),
         bundle=None if contender.bundle is None else str(contender.bundle),
         size_bytes=contender_bytes(contender),

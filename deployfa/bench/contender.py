@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from deployfa.errors import InputError
+from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 
 __all__ = ["Contender", "Shape", "check_contenders"]
 
@@ -37,9 +38,9 @@ class Contender:
     """One way of computing the same thing.
 
     kind ``onnx`` needs ``graph``; kind ``torch`` needs ``adapter``, which is run unfolded on ``model``, or on the base
-    that it names itself.  bundle: where the graph lies, when it lies in one.  provider: ONNX Runtime's.  adapters: how
-    many a pack holds, of which a batch then mixes as many as it has rows; fleet: the file of its tables, if they are
-    inputs of the graph.
+    that it names itself.  bundle: where the graph lies, when it lies in one.  target: what the graph runs on, of
+    ``deployfa.runtimes.targets``; a module runs in PyTorch on the CPU.  adapters: how many a pack holds, of which a
+    batch then mixes as many as it has rows; fleet: the file of its tables, if they are inputs of the graph.
     """
 
     label: str
@@ -48,7 +49,7 @@ class Contender:
     adapter: Path | None = None
     model: str | None = None
     bundle: Path | None = None
-    provider: str = "CPUExecutionProvider"
+    target: str = DEFAULT_TARGET
     adapters: int = 0
     fleet: Path | None = None
 
@@ -62,6 +63,7 @@ def check_contenders(contenders: list[Contender]) -> None:
     if twice is not None:
         raise InputError(f"two contenders are called '{twice}'; give each its own label")
     for contender in contenders:
+        check_target(contender.target)
         if contender.kind == "onnx" and (contender.graph is None or not contender.graph.is_file()):
             raise InputError(f"contender '{contender.label}' has no graph at '{contender.graph}'; pass an .onnx file")
         if contender.kind == "torch" and contender.adapter is None:

@@ -34,7 +34,7 @@ class Open(msgspec.Struct, tag="open", frozen=True, kw_only=True):
     graph: str | None
     adapter: str | None
     model: str | None
-    provider: str
+    target: str
     threads: int
     spinning: bool
     inputs: tuple[TensorSpec, ...] = ()

@@ -28,7 +28,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContenderReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not depend on the shape.  The lists hold one figure a launch, in the order of launching.
+    """What does not depend on the shape.  target: where it ran, ``torch-cpu`` for a module.  The lists hold one figure
+    a launch, in the order of launching.
 
     start_ms: process and Python; import_ms: the runtime's library; session_ms: making the session, or the module;
     first_inference_ms: the first run of all, at the first shape.  size_bytes: the graph with its external data.
@@ -37,6 +38,7 @@ class ContenderReport(msgspec.Struct, frozen=True, kw_only=True):
 
     label: str
     kind: str
+    target: str = "onnxruntime-cpu"
     graph: str | None
     bundle: str | None
     size_bytes: int | None

@@ -89,10 +89,11 @@ def _contenders(report: BenchReport) -> Table:
 
 def _footnotes(report: BenchReport) -> list[str]:
     machine, settings = report.machine, report.settings
+    targets = ", ".join(dict.fromkeys(each.target for each in report.contenders))
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     load = "unknown" if machine.load_1min is None else f"{machine.load_1min:.2f}"
     notes = [
-        f"{machine.cpu}, {machine.cores} cores, load {load} before; Python {machine.python}, {versions}",
+        f"on {targets}: {machine.cpu}, {machine.cores} cores, load {load} before; Python {machine.python}, {versions}",
         f"{settings.launches} launches a contender, rounds interleaved, seed {settings.seed}; "
         f"ratio: of the medians round by round, to {report.contenders[0].label}",
     ]

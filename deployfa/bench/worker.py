@@ -174,15 +174,17 @@ def main() -> int:
 
 
 def _load_graph(request: say.Open) -> Callable[[], tuple[Runner, tuple[TensorSpec, ...]]]:
-    import onnxruntime  # noqa: F401  (its loading is timed apart from the session)
-
-    from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+    from deployfa.runtimes.providers import PROVIDERS
+    from deployfa.runtimes.targets import open_runner
     from deployfa.tables import open_fleet
 
+    if request.target in PROVIDERS:
+        import onnxruntime  # noqa: F401  (its loading is timed apart from the session)
+
     def make() -> tuple[Runner, tuple[TensorSpec, ...]]:
-        runner = OnnxRuntimeRunner(
+        runner = open_runner(
+            request.target,
             Path(request.graph or ""),
-            provider=request.provider,
             threads=request.threads,
             spinning=request.spinning,
             bound=open_fleet(request.fleet).arrays if request.fleet else None,

@@ -30,11 +30,22 @@ def slots_of(bundle: Bundle) -> Slots:
 
 
 def open_slots(
-    bundle: Bundle, *, threads: int | None = None, spinning: bool = True, optimize: bool = True
+    bundle: Bundle,
+    *,
+    target: str | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+    optimize: bool = True,
 ) -> SlotRunner:
-    """A session of ``bundle``, the adapter it was exported with active until another is swapped in."""
+    """A session of ``bundle``, the adapter it was exported with active until another is swapped in.
+
+    target: of ``deployfa.runtimes.targets``, by default the bundle's own.
+    """
     slots = slots_of(bundle)
-    runner = SlotRunner(bundle.graph, slots.layout, threads=threads, spinning=spinning, optimize=optimize)
+    target = target or bundle.manifest.target
+    runner = SlotRunner(
+        bundle.graph, slots.layout, target=target, threads=threads, spinning=spinning, optimize=optimize
+    )
     if runner.idle_branch != slots.idle_branch:
         raise BundleError(f"the graph of '{bundle.path}' is not the one of its manifest; export it again")
     runner.swap(runner.load(bundle.path / slots.file, labels=bundle.labels))

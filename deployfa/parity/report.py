@@ -30,10 +30,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages, the truth they were held against, and the verdict."""
+    """The stages, the truth they were held against, and the verdict; ``target``: where the bundle ran."""
 
     bundle: str
     patch: str | None = None
+    target: str = "onnxruntime-cpu"
     truth: str
     rows: int
     tokens_longest: int
@@ -51,6 +52,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
         deployed = self.stages[-1]
         return {
             "passed": self.passed,
+            "target": self.target,
             "truth": self.truth,
             "rows": self.rows,
             "error": deployed.error,

@@ -21,8 +21,9 @@ from deployfa.parity.measures import failure, measure
 from deployfa.parity.report import ParityReport
 from deployfa.parity.truth import Noise, run_graph, torch_truth
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
+from deployfa.runtimes.targets import DEFAULT_TARGET
 
-__all__ = ["run_slots", "slot_outputs", "with_idle"]
+__all__ = ["run_slots", "slot_outputs", "stages_on", "with_idle"]
 
 IDLE = "no adapter, as deployed"
 
@@ -44,19 +45,30 @@ def _own(answer: Array, case: Case) -> Array:
     return np.full_like(answer[..., :labels], np.nan)
 
 
-def slot_outputs(bundle: Bundle, cases: Sequence[Case]) -> list[tuple[str, list[Array]]]:
+def slot_outputs(bundle: Bundle, cases: Sequence[Case], target: str) -> list[tuple[str, list[Array]]]:
     """What the adapter of ``bundle`` answers, added to the run by ONNX Runtime and fed as arrays."""
     found: list[tuple[str, list[Array]]] = []
-    for name, optimize in (("ONNX Runtime, optimisations off", False), ("ONNX Runtime, as deployed", True)):
-        runner = open_slots(bundle, spinning=False, optimize=optimize)
+    for name, optimize in stages_on(target):
+        runner = open_slots(bundle, target=target, spinning=False, optimize=optimize)
         own = runner.current
         assert own is not None  # open_slots leaves it active
         found.append((name, run_slots(runner, cases, own if optimize else runner.load(own.row))))
     return found
 
 
+def stages_on(target: str) -> list[tuple[str, bool]]:
+    """What a bundle is run as on ``target``, and whether the runtime may optimise it."""
+    shown = "ONNX Runtime" if target == DEFAULT_TARGET else target
+    return [(f"{shown}, optimisations off", False), (f"{shown}, as deployed", True)]
+
+
 def with_idle(
-    bundle: Bundle, report: ParityReport, cases: Sequence[Case], *, model: str | Path | None = None
+    bundle: Bundle,
+    report: ParityReport,
+    cases: Sequence[Case],
+    *,
+    target: str,
+    model: str | Path | None = None,
 ) -> ParityReport:
     """``report`` with a stage for ``bundle`` without its adapter.
 
@@ -70,7 +82,7 @@ def with_idle(
         # the manifest's base is the one it was exported on, also where a mismatch was allowed
         own = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
         cases, noise, _ = torch_truth(model, idle_adapter(own, slots.layout, idle_row(bundle)), cases)
-    found = run_slots(open_slots(bundle, spinning=False), cases, None)
+    found = run_slots(open_slots(bundle, target=target, spinning=False), cases, None)
     stage = measure(
         IDLE,
         found,
@@ -80,7 +92,7 @@ def with_idle(
         noise_max_abs=noise.max_abs,
     )
     reason = failure(stage)
-    if reason is None and slots.idle_branch and not _same_bits(found, _alone(bundle, cases)):
+    if reason is None and slots.idle_branch and not _same_bits(found, _alone(bundle, cases, target)):
         reason = f"{IDLE}: the answers are not those of the base graph in it, bit for bit"
     # without an adapter there is no effect to measure by
     stages = [msgspec.structs.replace(stage, effect_error=None, passed=reason is None), *report.stages]
@@ -89,10 +101,10 @@ def with_idle(
     return msgspec.structs.replace(report, stages=stages, passed=False, reason=reason)
 
 
-def _alone(bundle: Bundle, cases: Sequence[Case]) -> list[Array]:
+def _alone(bundle: Bundle, cases: Sequence[Case], target: str) -> list[Array]:
     """What the idle branch answers as a graph of its own."""
     with tempfile.TemporaryDirectory(prefix="deployfa-idle-") as scratch:
-        return run_graph(save_graph(idle_branch(load_graph(bundle.graph)), Path(scratch)), cases)
+        return run_graph(save_graph(idle_branch(load_graph(bundle.graph)), Path(scratch)), cases, target=target)
 
 
 def _same_bits(one: Sequence[Array], other: Sequence[Array]) -> bool:

@@ -19,7 +19,7 @@ from deployfa.graph.plan import make_plan
 from deployfa.graph.rewrite import apply_adapter
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+from deployfa.runtimes.targets import DEFAULT_TARGET, open_runner
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,15 +82,16 @@ def run_graph(
     graph: Path,
     cases: Sequence[Case],
     *,
+    target: str = DEFAULT_TARGET,
     optimize: bool = True,
     threads: int | None = None,
     initializers: Mapping[str, Array] | None = None,
     bound: Mapping[str, Array] | None = None,
 ) -> list[Array]:
-    """The first output of ``graph`` in ONNX Runtime for every case; ``initializers`` are a patch's, ``bound`` the
-    tables of a pack."""
-    runner = OnnxRuntimeRunner(
-        graph, optimize=optimize, threads=threads, spinning=False, initializers=initializers, bound=bound
+    """The first output of ``graph`` on ``target`` for every case; ``initializers`` are a patch's, ``bound`` the tables
+    of a pack."""
+    runner = open_runner(
+        target, graph, optimize=optimize, threads=threads, spinning=False, initializers=initializers, bound=bound
     )
     wanted = [spec.name for spec in runner.inputs]
     missing = sorted(set(wanted) - set(cases[0].feeds)) if cases else []

@@ -19,9 +19,10 @@ from deployfa.metrics import Labels
 from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.report import ParityReport, Stage
-from deployfa.parity.slots import slot_outputs, with_idle
+from deployfa.parity.slots import slot_outputs, stages_on, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
 from deployfa.preprocess import TextPreprocessor
+from deployfa.runtimes.targets import check_target
 
 __all__ = ["verify"]
 
@@ -33,16 +34,22 @@ def verify(
     model: str | Path | None = None,
     adapter: Adapter | None = None,
     use_torch: bool | None = None,
+    target: str | None = None,
     status: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Hold ``bundle`` against PyTorch (float64, adapter unfolded), or without torch against its stored reference.
 
     ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
-    be found.  A patched bundle is held against the reference in the patch; PyTorch needs ``adapter`` too, the one that
-    the patch was made from.  Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used.
+    be found.  ``target``: of ``deployfa.runtimes.targets``, by default the bundle's own.  A patched bundle is held
+    against the reference in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.
+
+    Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used, and what a target raises
+    that cannot be had.
     """
     say = status or (lambda _: None)
     manifest = bundle.manifest
+    target = target or manifest.target
+    check_target(target)
     if adapter is not None and bundle.patch is None:
         raise InputError("the bundle brings its own adapter; pass --adapter only with --patch")
     if manifest.tables is not None:
@@ -64,8 +71,8 @@ def verify(
             raise InputError("rows of your own need PyTorch to know the truth; leave --data out, or pass --model DIR")
         say("comparing with the reference stored in the bundle")
         cases, noise = _stored(bundle)
-        report = _report(bundle, cases, noise, manifest.reference.kind, None, [])
-        return report if manifest.slots is None else with_idle(bundle, report, cases)
+        report = _report(bundle, cases, noise, manifest.reference.kind, None, [], target)
+        return report if manifest.slots is None else with_idle(bundle, report, cases, target=target)
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
     if not name:
@@ -79,8 +86,8 @@ def verify(
     labels = None
     if rows and all(row.label is not None for row in rows):
         labels = np.array(label_ids(rows, bundle.labels), dtype=np.int64)
-    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))])
-    return report if manifest.slots is None else with_idle(bundle, report, cases, model=name)
+    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))], target)
+    return report if manifest.slots is None else with_idle(bundle, report, cases, target=target, model=name)
 
 
 def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
@@ -104,6 +111,7 @@ def _report(
     truth_name: str,
     labels: Labels | None,
     before: list[tuple[str, list[Array]]],
+    target: str,
 ) -> ParityReport:
     truths = [case.truth for case in cases if case.truth is not None]
     bases = [case.base for case in cases if case.base is not None]
@@ -113,7 +121,7 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
-    outputs = [*before, *(slot_outputs if bundle.manifest.slots is not None else _outputs)(bundle, cases)]
+    outputs = [*before, *(slot_outputs if bundle.manifest.slots is not None else _outputs)(bundle, cases, target)]
     stages = [
         measure(
             name, found, truths, bases,
@@ -134,6 +142,7 @@ def _report(
     return ParityReport(
         bundle=str(bundle.path),
         patch=str(bundle.patch.path) if bundle.patch is not None else None,
+        target=target,
         truth=truth_name,
         rows=len(truth),
         tokens_longest=max(int(case.feeds["attention_mask"].sum(-1).max()) for case in cases),
@@ -148,12 +157,9 @@ def _report(
     )
 
 
-def _outputs(bundle: Bundle, cases: Sequence[Case]) -> list[tuple[str, list[Array]]]:
-    own: dict[str, Any] = {"initializers": bundle.initializers, "bound": bundle.bound}
-    return [
-        ("ONNX Runtime, optimisations off", run_graph(bundle.graph, cases, optimize=False, **own)),
-        ("ONNX Runtime, as deployed", run_graph(bundle.graph, cases, **own)),
-    ]
+def _outputs(bundle: Bundle, cases: Sequence[Case], target: str) -> list[tuple[str, list[Array]]]:
+    own: dict[str, Any] = {"target": target, "initializers": bundle.initializers, "bound": bundle.bound}
+    return [(name, run_graph(bundle.graph, cases, optimize=on, **own)) for name, on in stages_on(target)]
 
 
 def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bool, str]:

@@ -16,8 +16,8 @@ import numpy as np
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
+from deployfa.runtimes.targets import DEFAULT_TARGET, open_onnxruntime
 from deployfa.tables import Layout
 from deployfa.tables.checks import check_row
 from deployfa.tables.layout import ACTIVE, STRENGTH
@@ -45,7 +45,7 @@ class SlotAdapter:
 class SlotRunner:
     """A session of a slot graph.  Thread-safe: which adapter runs is an argument of the call.
 
-    layout: what the graph's row inputs hold.  The rest as for ``OnnxRuntimeRunner``.  Raises ``RuntimeTargetError`` for
+    layout: what the graph's row inputs hold.  The rest as for ``open_onnxruntime``.  Raises ``RuntimeTargetError`` for
     a graph that has no such inputs.
     """
 
@@ -54,14 +54,12 @@ class SlotRunner:
         graph: Path | bytes,
         layout: Layout,
         *,
-        provider: str = "CPUExecutionProvider",
+        target: str = DEFAULT_TARGET,
         threads: int | None = None,
         spinning: bool = True,
         optimize: bool = True,
     ) -> None:
-        self._runner = OnnxRuntimeRunner(
-            graph, provider=provider, threads=threads, spinning=spinning, optimize=optimize
-        )
+        self._runner = open_onnxruntime(target, graph, threads=threads, spinning=spinning, optimize=optimize)
         self.layout = layout
         slots = {spec.name for spec in self._runner.slots}
         missing = sorted({*layout.shapes(), STRENGTH} - slots)

@@ -40,7 +40,7 @@ def test_warming_up_is_bounded(make_graph):
         graph=str(make_graph()),
         adapter=None,
         model=None,
-        provider="CPUExecutionProvider",
+        target="onnxruntime-cpu",
         threads=1,
         spinning=False,
     )

@@ -28,7 +28,7 @@ def open_graph(path: Path) -> say.Open:
         graph=str(path),
         adapter=None,
         model=None,
-        provider="CPUExecutionProvider",
+        target="onnxruntime-cpu",
         threads=1,
         spinning=False,
     )
