@@ -12,6 +12,7 @@ from deployfa.cli import (
     compile,
     convert,
     demo,
+    doctor,
     export,
     fetch,
     inspect,
@@ -65,5 +66,6 @@ for command in (
     demo.report,
     fetch.fetch,
     models.models,
+    doctor.doctor,
 ):
     app.command(command.__name__.rstrip("_"))(command)

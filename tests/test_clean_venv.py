@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -79,3 +80,14 @@ def test_what_needs_torch_says_which_extra(clean_venv: Path, small_data: dict[st
     code = "from deployfa import VeFAConfig"
     result = run(clean_venv, tmp_path, "-c", code)
     assert "pip install 'deployfa[train]'" in result.stderr
+
+
+def test_the_doctor_tells_a_device_what_it_lacks(clean_venv: Path, tmp_path: Path) -> None:
+    result = run(clean_venv.with_name("deployfa"), tmp_path, "doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    targets = {state["target"]: state for state in json.loads(result.stdout)["targets"]}
+    assert targets["onnxruntime-cpu"]["run"] == {"yes": True, "reason": None, "install": None}
+    assert targets["onnxruntime-cpu"]["build"]["install"] == "pip install 'deployfa[train]'"
+    for target in ("tensorrt", "tensorrt-rtx"):
+        assert targets[target]["build"]["install"] == f"pip install 'deployfa[{target}]'"
+    assert targets["onnxruntime-tensorrt-rtx"]["run"]["install"] == "pip install 'deployfa[cpu,tensorrt-rtx]'"

@@ -70,16 +70,17 @@ class OnnxRuntimeRunner:
             if isinstance(model, bytes):
                 raise InputError("initializers can be replaced in a graph file only; pass its path")
             source, alive = replace_initializers(options, Path(model), initializers)
+        missing = f" ({', '.join(asked.missing)} not found)" if asked.missing else ""
         try:
             session = ort.InferenceSession(source, sess_options=options, **asked.arguments)
         except Exception as error:  # its exceptions share no base class
             raise RuntimeTargetError(
-                f"onnxruntime does not load {shown} ({_first_line(error)}); {_way_out(provider, 'export it again')}"
+                f"onnxruntime does not load {shown} ({_first_line(error)}){missing}; "
+                f"{_way_out(provider, 'export it again')}"
             ) from error
         del alive  # the session has copied them
         got = session.get_providers()
         if not got or got[0] != provider:
-            missing = f" ({', '.join(asked.missing)} not found)" if asked.missing else ""
             raise RuntimeTargetError(
                 f"asked for {provider}, but the session of {shown} runs on {', '.join(got) or 'nothing'}{missing}; "
                 f"{_way_out(provider, 'install what that provider needs')}"
