@@ -38,7 +38,7 @@ from deployfa.base_graphs import base_graph
 from deployfa.bench import Contender, Shape, bench
 from deployfa.bench.machine import describe_machine
 from deployfa.bench.statistics import median_ratio
-from deployfa.bundle.slots import open_slots
+from deployfa.bundle.open_engine import open_slots
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.graph.optimize import fuse
 from deployfa.graph.row_layout import base_heads, base_weights, make_layout

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from deployfa.cli.console import print_json, progress_bar, recorded, show
-from deployfa.cli.options import Force, Json, ModelOption, TargetOption, Threads, parse_shapes
+from deployfa.cli.options import EngineOption, Force, Json, ModelOption, TargetOption, Threads, parse_shapes
 
 __all__ = ["bench"]
 
@@ -21,6 +21,7 @@ def bench(
         str, typer.Option("--against", help="base, torch, FILE.onnx,...: the first is what ratios refer to.")
     ] = "",
     target: TargetOption = None,
+    engine: EngineOption = None,
     threads: Threads = None,
     spinning: Annotated[
         Literal["on", "off", "both"],
@@ -48,7 +49,7 @@ def bench(
         from deployfa.bench import bench as run_bench
 
         opened, contenders = collect(
-            bundles, [a for a in against.split(",") if a], Path(scratch), model=model, target=target
+            bundles, [a for a in against.split(",") if a], Path(scratch), model=model, target=target, engine=engine
         )
         report = run_bench(
             contenders,

@@ -102,6 +102,7 @@ def export(
     from deployfa.convert import with_strength
     from deployfa.data import read_rows
     from deployfa.pipeline import export as run_export
+    from deployfa.runtimes.targets import is_engine
     from deployfa.slots import export_slots
 
     loaded = with_strength(Adapter.load(adapter), strength)
@@ -151,7 +152,8 @@ def export(
     show(tried_table(manifest.optimization))
     if manifest.fusions:
         show(fused_table(manifest.fusions))
-    done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: deployfa verify {out}")
+    step = f"deployfa compile {out} --target {target}" if is_engine(target) else f"deployfa verify {out}"
+    done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: {step}")
 
 
 def _check_slots(slots: bool, delta: Path | None, placing: dict[str, Any], room: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterOption",
     "AllowMismatch",
+    "EngineOption",
     "Force",
     "Json",
     "ModelOption",
@@ -63,6 +64,9 @@ Untie = Annotated[
 ]
 StrengthOption = Annotated[
     float, typer.Option("--strength", help="Scale the edits: 0 is the base with the adapter's head, 1 the adapter.")
+]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", help="Of a target that runs engines: which one, such as tensorrt-rtx-fp16.")
 ]
 TargetOption = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deployfa.cli.console import print_json, show
-from deployfa.cli.options import Json, PatchOption, TargetOption, Threads
+from deployfa.cli.options import EngineOption, Json, PatchOption, TargetOption, Threads
 from deployfa.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def run(
     ] = None,
     patch: PatchOption = None,
     target: TargetOption = None,
+    engine: EngineOption = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -59,7 +60,7 @@ def run(
     if not texts:
         raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
     opened = Bundle.open(bundle, patch=patch)
-    predictor = Predictor(opened, target=target, threads=threads)
+    predictor = Predictor(opened, target=target, engine=engine, threads=threads)
     if predictor.slots is not None:
         _swap(opened, predictor.slots, adapter or [])
         named = None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deployfa.cli.console import print_json, recorded, show, spinner
-from deployfa.cli.options import Json, ModelOption, PatchOption, TargetOption
+from deployfa.cli.options import EngineOption, Json, ModelOption, PatchOption, TargetOption
 
 __all__ = ["verify"]
 
@@ -28,6 +28,7 @@ def verify(
         ),
     ] = None,
     target: TargetOption = None,
+    engine: EngineOption = None,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top.")] = 500,
     json: Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def verify(
     rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
     with spinner("verifying") as status:
         report = run_verify(
-            opened, rows=rows, model=model, adapter=loaded, use_torch=torch, target=target, status=status
+            opened, rows=rows, model=model, adapter=loaded, use_torch=torch, target=target, engine=engine, status=status
         )
     recorded(opened, parity=report.summary())
     if json:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deployfa.adapter import Adapter, BaseReference
     from deployfa.bench import BenchReport, Contender, Shape
     from deployfa.bundle import Bundle, Manifest
-    from deployfa.bundle.slots import open_slots
+    from deployfa.bundle.open_engine import open_slots
     from deployfa.delta import Delta, export_delta
     from deployfa.edits import Edit, LowRank
     from deployfa.errors import DeployfaError
@@ -58,7 +58,7 @@ _HOMES = {
     "export_delta": "delta",
     "export_slots": "slots",
     "make_plan": "graph",
-    "open_slots": "bundle.slots",
+    "open_slots": "bundle.open_engine",
     "open_table": "mixed",
     "plan_adapter": "pipeline",
     "slot_adapter": "slots",

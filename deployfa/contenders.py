@@ -24,11 +24,13 @@ def collect(
     *,
     model: str | None = None,
     target: str | None = None,
+    engine: str | None = None,
 ) -> tuple[list[Bundle], list[Contender]]:
     """What to time: first what ``against`` names (``base``, ``torch``, or a graph file), then the bundles.
 
     ``base`` is the first bundle's base graph with the same head and fusion, written to ``scratch``.  target: of all
-    graphs; by default a bundle's own, and the first bundle's for the others.
+    graphs; by default a bundle's own, and the first bundle's for the others.  engine: of each bundle, for a target that
+    runs one.
     """
     if target is not None:
         check_target(target)
@@ -47,14 +49,14 @@ def collect(
         else:
             raise InputError(f"--against knows base, torch and FILE.onnx, not '{name}'")
     for bundle in bundles:
-        contenders.append(_contender(bundle, _label(bundle, bundles), target or bundle.manifest.target))
+        contenders.append(_contender(bundle, _label(bundle, bundles), target or bundle.manifest.target, engine))
     return bundles, contenders
 
 
-def _contender(bundle: Bundle, label: str, target: str) -> Contender:
+def _contender(bundle: Bundle, label: str, target: str, engine: str | None) -> Contender:
     tables = bundle.manifest.tables
     if tables is None:
-        return Contender(label=label, graph=bundle.graph, bundle=bundle.path, target=target)
+        return Contender(label=label, graph=bundle.graph, bundle=bundle.path, target=target, engine=engine)
     fleet = bundle.path / tables.file if tables.file is not None else None
     return Contender(
         label=label,
@@ -63,6 +65,7 @@ def _contender(bundle: Bundle, label: str, target: str) -> Contender:
         target=target,
         adapters=len(tables.adapters) - 1,
         fleet=fleet,
+        engine=engine,
     )
 
 

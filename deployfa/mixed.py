@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from deployfa.bundle import Bundle
+from deployfa.bundle.open_engine import open_engine
 from deployfa.edits import Array
 from deployfa.errors import InputError
 from deployfa.graph.row_ops import ADAPTER_IDS, STRENGTH
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
-from deployfa.runtimes.targets import open_onnxruntime
+from deployfa.runtimes.targets import is_engine, open_onnxruntime
+from deployfa.runtimes.tensorrt.runner import EngineRunner
 from deployfa.tables import AdapterTable, Lease, open_fleet
 
 __all__ = ["MixedRunner", "open_table"]
@@ -36,7 +39,7 @@ class MixedRunner:
 
     table: where the adapters are, for a pack with its tables as inputs; by default the bundle's own file, read by
     memory map.  What is added to or taken from ``table`` is there, or gone, at the next call.  target: of
-    ``deployfa.runtimes.targets``, by default the bundle's own.
+    ``deployfa.runtimes.targets``, by default the bundle's own; engine: which one, where a bundle has several for it.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class MixedRunner:
         table: AdapterTable | None = None,
         *,
         target: str | None = None,
+        engine: str | None = None,
         threads: int | None = None,
     ) -> None:
         tables = bundle.manifest.tables
@@ -53,12 +57,15 @@ class MixedRunner:
         if table is not None and (not tables.inputs or table.layout != tables.layout):
             raise InputError(f"the table has another layout than '{bundle.path}'; make it with open_table(bundle)")
         self._table = table
-        self._runner = open_onnxruntime(
-            target or bundle.manifest.target,
-            bundle.graph,
-            threads=threads,
-            bound=bundle.bound if table is None else dict(_first(table)),
-        )
+        target = target or bundle.manifest.target
+        self._runner: OnnxRuntimeRunner | EngineRunner
+        if is_engine(target):
+            if table is not None:
+                raise InputError(f"a table that changes is not followed to the GPU by {target}; use onnxruntime-cuda")
+            self._runner = open_engine(bundle, target, name=engine)
+        else:
+            bound = bundle.bound if table is None else dict(_first(table))
+            self._runner = open_onnxruntime(target, bundle.graph, threads=threads, bound=bound)
         self._members = {member.name: row for row, member in enumerate(tables.adapters)}
         self._labels = {member.name: member.labels for member in tables.adapters}
         self._values: tuple[Any, dict[str, Any]] = None, {}

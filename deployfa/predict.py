@@ -9,14 +9,13 @@ import msgspec
 import numpy as np
 
 from deployfa.bundle import Bundle
-from deployfa.bundle.slots import open_slots
+from deployfa.bundle.open_engine import open_bundle, open_slots
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.mixed import MixedRunner
 from deployfa.preprocess import TextPreprocessor
 from deployfa.runtimes.runner import Runner
 from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
-from deployfa.runtimes.targets import open_runner
 from deployfa.tables import AdapterTable, Lease
 
 __all__ = ["Answer", "Predictor", "RunReport"]
@@ -45,7 +44,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 class Predictor:
     """A session and a tokenizer, made once, asked often.  table: see ``MixedRunner``.  target: of
-    ``deployfa.runtimes.targets``, by default the bundle's own.
+    ``deployfa.runtimes.targets``, by default the bundle's own; engine: which one, where it has several for that target.
 
     ``slots``: of a bundle exported with slots, what swaps its adapter; ``None`` of any other.
     """
@@ -56,6 +55,7 @@ class Predictor:
         *,
         table: AdapterTable | None = None,
         target: str | None = None,
+        engine: str | None = None,
         threads: int | None = None,
     ) -> None:
         manifest = bundle.manifest
@@ -65,13 +65,11 @@ class Predictor:
         self._preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
         self._mixed, self.slots = None, None
         if manifest.tables is not None:
-            self._mixed = MixedRunner(bundle, table, target=target, threads=threads)
+            self._mixed = MixedRunner(bundle, table, target=target, engine=engine, threads=threads)
         if manifest.slots is not None:
-            self.slots = open_slots(bundle, target=target, threads=threads)
+            self.slots = open_slots(bundle, target=target, engine=engine, threads=threads)
         self._runner: MixedRunner | SlotRunner | Runner = (
-            self._mixed
-            or self.slots
-            or open_runner(target, bundle.graph, threads=threads, initializers=bundle.initializers)
+            self._mixed or self.slots or open_bundle(bundle, target, engine=engine, threads=threads)
         )
         self._names = [spec.name for spec in self._runner.inputs]
         self._output = manifest.graph.outputs[0].name

@@ -17,7 +17,8 @@ from filelock import FileLock
 from deployfa.adapter import Adapter
 from deployfa.bundle import Bundle
 from deployfa.bundle.bundle import sha256_file, write_manifest
-from deployfa.bundle.slots import idle_row, open_slots, slots_of
+from deployfa.bundle.open_engine import open_slots
+from deployfa.bundle.slots import idle_row, slots_of
 from deployfa.convert import to_lora
 from deployfa.data import Row
 from deployfa.edits import Edit, LowRank

@@ -39,8 +39,9 @@ class Contender:
 
     kind ``onnx`` needs ``graph``; kind ``torch`` needs ``adapter``, which is run unfolded on ``model``, or on the base
     that it names itself.  bundle: where the graph lies, when it lies in one.  target: what the graph runs on, of
-    ``deployfa.runtimes.targets``; a module runs in PyTorch on the CPU.  adapters: how many a pack holds, of which a
-    batch then mixes as many as it has rows; fleet: the file of its tables, if they are inputs of the graph.
+    ``deployfa.runtimes.targets``; a module runs in PyTorch on the CPU.  engine: of the bundle, for a target that runs
+    one.  adapters: how many a pack holds, of which a batch then mixes as many as it has rows; fleet: the file of its
+    tables, if they are inputs of the graph.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Contender:
     target: str = DEFAULT_TARGET
     adapters: int = 0
     fleet: Path | None = None
+    engine: str | None = None
 
 
 def check_contenders(contenders: list[Contender]) -> None:

@@ -192,6 +192,8 @@ def _open(contender: Contender, threads: int, spinning: bool, specs: tuple[Any, 
         inputs=specs if contender.kind == "torch" else (),
         adapters=contender.adapters,
         fleet=None if contender.fleet is None else str(contender.fleet),
+        bundle=None if contender.bundle is None else str(contender.bundle),
+        engine=contender.engine,
     )
 
 

@@ -40,6 +40,8 @@ class Open(msgspec.Struct, tag="open", frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...] = ()
     adapters: int = 0
     fleet: str | None = None
+    bundle: str | None = None
+    engine: str | None = None
 
 
 class Prepare(msgspec.Struct, tag="prepare", frozen=True):

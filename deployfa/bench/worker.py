@@ -175,13 +175,15 @@ def main() -> int:
 
 def _load_graph(request: say.Open) -> Callable[[], tuple[Runner, tuple[TensorSpec, ...]]]:
     from deployfa.runtimes.providers import PROVIDERS
-    from deployfa.runtimes.targets import open_runner
+    from deployfa.runtimes.targets import is_engine, open_runner
     from deployfa.tables import open_fleet
 
     if request.target in PROVIDERS:
         import onnxruntime  # noqa: F401  (its loading is timed apart from the session)
 
     def make() -> tuple[Runner, tuple[TensorSpec, ...]]:
+        if is_engine(request.target):
+            return _load_engine(request)
         runner = open_runner(
             request.target,
             Path(request.graph or ""),
@@ -192,6 +194,17 @@ def _load_graph(request: say.Open) -> Callable[[], tuple[Runner, tuple[TensorSpe
         return runner, runner.inputs
 
     return make
+
+
+def _load_engine(request: say.Open) -> tuple[Runner, tuple[TensorSpec, ...]]:
+    from deployfa.bundle import Bundle
+    from deployfa.bundle.open_engine import open_engine
+
+    if request.bundle is None:
+        raise RuntimeTargetError(f"{request.label} is a graph, and {request.target} runs engines; leave --against out")
+    # what is read is checked as it is read
+    runner = open_engine(Bundle.open(request.bundle, check_files=False), request.target, name=request.engine)
+    return runner, runner.inputs
 
 
 def _load_module(request: say.Open) -> Callable[[], tuple[Runner, tuple[TensorSpec, ...]]]:

@@ -18,7 +18,7 @@ from deployfa.runtimes.onnx_adapter import read_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import Layout
 
-__all__ = ["idle_adapter", "idle_row", "load_file", "open_slots", "slots_of"]
+__all__ = ["idle_adapter", "idle_row", "load_file", "slots_of"]
 
 
 def slots_of(bundle: Bundle) -> Slots:
@@ -27,29 +27,6 @@ def slots_of(bundle: Bundle) -> Slots:
     if slots is None:
         raise InputError(f"'{bundle.path}' has no slots for another adapter; export it with --slots")
     return slots
-
-
-def open_slots(
-    bundle: Bundle,
-    *,
-    target: str | None = None,
-    threads: int | None = None,
-    spinning: bool = True,
-    optimize: bool = True,
-) -> SlotRunner:
-    """A session of ``bundle``, the adapter it was exported with active until another is swapped in.
-
-    target: of ``deployfa.runtimes.targets``, by default the bundle's own.
-    """
-    slots = slots_of(bundle)
-    target = target or bundle.manifest.target
-    runner = SlotRunner(
-        bundle.graph, slots.layout, target=target, threads=threads, spinning=spinning, optimize=optimize
-    )
-    if runner.idle_branch != slots.idle_branch:
-        raise BundleError(f"the graph of '{bundle.path}' is not the one of its manifest; export it again")
-    runner.swap(runner.load(bundle.path / slots.file, labels=bundle.labels))
-    return runner
 
 
 def load_file(bundle: Bundle, runner: SlotRunner, path: Path) -> SlotAdapter:

@@ -12,18 +12,20 @@ import numpy as np
 
 from deployfa.adapter import Adapter
 from deployfa.bundle import Bundle
-from deployfa.bundle.slots import idle_adapter, idle_row, open_slots, slots_of
+from deployfa.bundle.engines import engine_of
+from deployfa.bundle.open_engine import open_slots
+from deployfa.bundle.slots import idle_adapter, idle_row, slots_of
 from deployfa.edits import Array
 from deployfa.graph.idle import idle_branch
 from deployfa.graph.storage import load_graph, save_graph
 from deployfa.parity.cases import Case, read_cases
-from deployfa.parity.measures import failure, measure
+from deployfa.parity.measures import LIMIT, failure, measure
 from deployfa.parity.report import ParityReport
 from deployfa.parity.truth import Noise, run_graph, torch_truth
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
-from deployfa.runtimes.targets import DEFAULT_TARGET
+from deployfa.runtimes.targets import DEFAULT_TARGET, is_engine
 
-__all__ = ["run_slots", "slot_outputs", "stages_on", "with_idle"]
+__all__ = ["coarseness", "run_slots", "slot_outputs", "stages_on", "with_idle"]
 
 IDLE = "no adapter, as deployed"
 
@@ -45,11 +47,13 @@ def _own(answer: Array, case: Case) -> Array:
     return np.full_like(answer[..., :labels], np.nan)
 
 
-def slot_outputs(bundle: Bundle, cases: Sequence[Case], target: str) -> list[tuple[str, list[Array]]]:
+def slot_outputs(
+    bundle: Bundle, cases: Sequence[Case], target: str, engine: str | None = None
+) -> list[tuple[str, list[Array]]]:
     """What the adapter of ``bundle`` answers, added to the run by ONNX Runtime and fed as arrays."""
     found: list[tuple[str, list[Array]]] = []
     for name, optimize in stages_on(target):
-        runner = open_slots(bundle, target=target, spinning=False, optimize=optimize)
+        runner = open_slots(bundle, target=target, engine=engine, spinning=False, optimize=optimize)
         own = runner.current
         assert own is not None  # open_slots leaves it active
         found.append((name, run_slots(runner, cases, own if optimize else runner.load(own.row))))
@@ -58,6 +62,8 @@ def slot_outputs(bundle: Bundle, cases: Sequence[Case], target: str) -> list[tup
 
 def stages_on(target: str) -> list[tuple[str, bool]]:
     """What a bundle is run as on ``target``, and whether the runtime may optimise it."""
+    if is_engine(target):
+        return [(f"{target} engine", True)]
     shown = "ONNX Runtime" if target == DEFAULT_TARGET else target
     return [(f"{shown}, optimisations off", False), (f"{shown}, as deployed", True)]
 
@@ -68,12 +74,13 @@ def with_idle(
     cases: Sequence[Case],
     *,
     target: str,
+    engine: str | None = None,
     model: str | Path | None = None,
 ) -> ParityReport:
     """``report`` with a stage for ``bundle`` without its adapter.
 
     With ``model`` the truth is PyTorch's for ``cases``, else the stored one.  Where there is an idle branch, its
-    answers must be those of the branch alone, bit for bit.
+    answers must be those of the branch alone, bit for bit; an engine has none, and computes with zeros.
     """
     slots = slots_of(bundle)
     if model is None:
@@ -82,23 +89,31 @@ def with_idle(
         # the manifest's base is the one it was exported on, also where a mismatch was allowed
         own = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
         cases, noise, _ = torch_truth(model, idle_adapter(own, slots.layout, idle_row(bundle)), cases)
-    found = run_slots(open_slots(bundle, target=target, spinning=False), cases, None)
+    found = run_slots(open_slots(bundle, target=target, engine=engine, spinning=False), cases, None)
     stage = measure(
         IDLE,
         found,
         [case.truth for case in cases if case.truth is not None],
         [case.base for case in cases if case.base is not None],
-        noise=noise.relative,
-        noise_max_abs=noise.max_abs,
+        noise=noise.relative * coarseness(bundle, target, engine),
+        noise_max_abs=noise.max_abs * coarseness(bundle, target, engine),
     )
     reason = failure(stage)
-    if reason is None and slots.idle_branch and not _same_bits(found, _alone(bundle, cases, target)):
+    exact = slots.idle_branch and not is_engine(target)
+    if reason is None and exact and not _same_bits(found, _alone(bundle, cases, target)):
         reason = f"{IDLE}: the answers are not those of the base graph in it, bit for bit"
     # without an adapter there is no effect to measure by
     stages = [msgspec.structs.replace(stage, effect_error=None, passed=reason is None), *report.stages]
     if reason is None or not report.passed:
         return msgspec.structs.replace(report, stages=stages)
     return msgspec.structs.replace(report, stages=stages, passed=False, reason=reason)
+
+
+def coarseness(bundle: Bundle, target: str, engine: str | None) -> float:
+    """How much coarser than float32 an answer may be: what an engine's graph was allowed when it was built."""
+    if not is_engine(target):
+        return 1.0
+    return engine_of(bundle, target, engine).error_limit / (LIMIT * bundle.manifest.reference.noise)
 
 
 def _alone(bundle: Bundle, cases: Sequence[Case], target: str) -> list[Array]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from deployfa.adapter import Adapter
 from deployfa.bundle import Bundle
+from deployfa.bundle.open_engine import open_engine
 from deployfa.data import Row, label_ids
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
@@ -19,10 +20,10 @@ from deployfa.metrics import Labels
 from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.report import ParityReport, Stage
-from deployfa.parity.slots import slot_outputs, stages_on, with_idle
+from deployfa.parity.slots import coarseness, slot_outputs, stages_on, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
 from deployfa.preprocess import TextPreprocessor
-from deployfa.runtimes.targets import check_target
+from deployfa.runtimes.targets import check_target, is_engine
 
 __all__ = ["verify"]
 
@@ -35,13 +36,15 @@ def verify(
     adapter: Adapter | None = None,
     use_torch: bool | None = None,
     target: str | None = None,
+    engine: str | None = None,
     status: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Hold ``bundle`` against PyTorch (float64, adapter unfolded), or without torch against its stored reference.
 
     ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
-    be found.  ``target``: of ``deployfa.runtimes.targets``, by default the bundle's own.  A patched bundle is held
-    against the reference in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.
+    be found.  ``target``: of ``deployfa.runtimes.targets``, by default the bundle's own.  ``engine``: which one, where
+    there are several; it is judged by what its precision was allowed.  A patched bundle is held against the reference
+    in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.
 
     Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used, and what a target raises
     that cannot be had.
@@ -71,8 +74,8 @@ def verify(
             raise InputError("rows of your own need PyTorch to know the truth; leave --data out, or pass --model DIR")
         say("comparing with the reference stored in the bundle")
         cases, noise = _stored(bundle)
-        report = _report(bundle, cases, noise, manifest.reference.kind, None, [], target)
-        return report if manifest.slots is None else with_idle(bundle, report, cases, target=target)
+        report = _report(bundle, cases, noise, manifest.reference.kind, None, [], target, engine)
+        return report if manifest.slots is None else with_idle(bundle, report, cases, target=target, engine=engine)
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
     if not name:
@@ -86,8 +89,11 @@ def verify(
     labels = None
     if rows and all(row.label is not None for row in rows):
         labels = np.array(label_ids(rows, bundle.labels), dtype=np.int64)
-    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, [("PyTorch float32", list(noise.float32))], target)
-    return report if manifest.slots is None else with_idle(bundle, report, cases, target=target, model=name)
+    float32 = [("PyTorch float32", list(noise.float32))]
+    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, float32, target, engine)
+    if manifest.slots is None:
+        return report
+    return with_idle(bundle, report, cases, target=target, engine=engine, model=name)
 
 
 def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
@@ -112,6 +118,7 @@ def _report(
     labels: Labels | None,
     before: list[tuple[str, list[Array]]],
     target: str,
+    engine: str | None,
 ) -> ParityReport:
     truths = [case.truth for case in cases if case.truth is not None]
     bases = [case.base for case in cases if case.base is not None]
@@ -121,13 +128,15 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
-    outputs = [*before, *(slot_outputs if bundle.manifest.slots is not None else _outputs)(bundle, cases, target)]
+    run = slot_outputs if bundle.manifest.slots is not None else _outputs
+    coarse = coarseness(bundle, target, engine)
+    outputs = [(1.0, *each) for each in before] + [(coarse, *each) for each in run(bundle, cases, target, engine)]
     stages = [
         measure(
-            name, found, truths, bases,
-            noise=noise.relative, noise_max_abs=noise.max_abs, data=data, labels=sorted_labels, truth_right=right,
+            name, found, truths, bases, noise=scale * noise.relative, noise_max_abs=scale * noise.max_abs,
+            data=data, labels=sorted_labels, truth_right=right,
         )
-        for name, found in outputs
+        for scale, name, found in outputs
     ]  # fmt: skip
     truth, base = np.concatenate(truths), np.concatenate(bases)
     base, truth = unmasked(base, truth)
@@ -138,7 +147,7 @@ def _report(
         trained = bundle.patch.meta.adapter.sites > 0
     else:
         trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())
-    passed, reason = _verdict(stages, noise, silent=trained and noise.silent(cases))
+    passed, reason = _verdict(stages, noise, coarse, silent=trained and noise.silent(cases))
     return ParityReport(
         bundle=str(bundle.path),
         patch=str(bundle.patch.path) if bundle.patch is not None else None,
@@ -157,12 +166,17 @@ def _report(
     )
 
 
-def _outputs(bundle: Bundle, cases: Sequence[Case], target: str) -> list[tuple[str, list[Array]]]:
+def _outputs(bundle: Bundle, cases: Sequence[Case], target: str, engine: str | None) -> list[tuple[str, list[Array]]]:
+    if is_engine(target):
+        with open_engine(bundle, target, name=engine) as runner:
+            names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
+            found = [runner.run({name: case.feeds[name] for name in names})[output] for case in cases]
+        return [(name, found) for name, _ in stages_on(target)]
     own: dict[str, Any] = {"target": target, "initializers": bundle.initializers, "bound": bundle.bound}
     return [(name, run_graph(bundle.graph, cases, optimize=on, **own)) for name, on in stages_on(target)]
 
 
-def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bool, str]:
+def _verdict(stages: Sequence[Stage], noise: Noise, coarse: float, *, silent: bool) -> tuple[bool, str]:
     if silent:
         return False, "the adapter is trained but changes nothing: a silent no-op"
     if not (np.isfinite(noise.relative) and noise.relative > 0):
@@ -170,4 +184,5 @@ def _verdict(stages: Sequence[Stage], noise: Noise, *, silent: bool) -> tuple[bo
     for stage in stages:
         if (reason := failure(stage)) is not None:
             return False, reason
-    return True, f"every stage is within {LIMIT:g}x the model's own float32 noise"
+    what = "the model's own float32 noise" if coarse == 1.0 else "the noise of the engine's precision"
+    return True, f"every stage is within {LIMIT:g}x {what}"

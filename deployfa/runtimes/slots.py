@@ -16,8 +16,10 @@ import numpy as np
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_onnxruntime
+from deployfa.runtimes.tensorrt.runner import EngineRunner
 from deployfa.tables import Layout
 from deployfa.tables.checks import check_row
 from deployfa.tables.layout import ACTIVE, STRENGTH
@@ -45,8 +47,9 @@ class SlotAdapter:
 class SlotRunner:
     """A session of a slot graph.  Thread-safe: which adapter runs is an argument of the call.
 
-    layout: what the graph's row inputs hold.  The rest as for ``open_onnxruntime``.  Raises ``RuntimeTargetError`` for
-    a graph that has no such inputs.
+    layout: what the graph's row inputs hold.  runner: an engine of it, in the place of ``graph``, whose files were
+    written for a graph with an idle branch if ``files_idle``.  The rest as for ``open_onnxruntime``.  Raises
+    ``RuntimeTargetError`` for a graph that has no such inputs.
     """
 
     def __init__(
@@ -54,18 +57,23 @@ class SlotRunner:
         graph: Path | bytes,
         layout: Layout,
         *,
+        runner: EngineRunner | None = None,
+        files_idle: bool | None = None,
         target: str = DEFAULT_TARGET,
         threads: int | None = None,
         spinning: bool = True,
         optimize: bool = True,
     ) -> None:
-        self._runner = open_onnxruntime(target, graph, threads=threads, spinning=spinning, optimize=optimize)
+        self._runner: OnnxRuntimeRunner | EngineRunner = runner or open_onnxruntime(
+            target, graph, threads=threads, spinning=spinning, optimize=optimize
+        )
         self.layout = layout
         slots = {spec.name for spec in self._runner.slots}
         missing = sorted({*layout.shapes(), STRENGTH} - slots)
         if missing:
             raise RuntimeTargetError(f"the graph has no slot '{missing[0]}'; export it with --slots")
         self.idle_branch = ACTIVE in slots
+        self._files_idle = self.idle_branch if files_idle is None else files_idle
         self._current: SlotAdapter | None = None
 
     @property
@@ -89,8 +97,9 @@ class SlotRunner:
         """
         lora = None
         if isinstance(source, Path):
-            row: Mapping[str, Array] = read_onnx_adapter(source, self.layout, idle_branch=self.idle_branch)
-            lora = _lora(source)
+            row: Mapping[str, Array] = read_onnx_adapter(source, self.layout, idle_branch=self._files_idle)
+            # an engine is fed the same numbers
+            lora = _lora(source) if isinstance(self._runner, OnnxRuntimeRunner) else None
         else:
             check_row(self.layout, source)
             row = {name: np.array(array, order="C") for name, array in source.items()}
@@ -130,7 +139,7 @@ class SlotRunner:
             if not 0.0 <= strength <= 1.0:
                 raise InputError(f"strength {strength} is not between 0, the base, and 1, the adapter; pass 0.5")
             fed[STRENGTH] = np.full(1, strength, np.float32)
-        if chosen._lora is None:
+        if chosen._lora is None or isinstance(self._runner, EngineRunner):
             return self._runner.run(fed, chosen._values)
         options = _import_onnxruntime().RunOptions()
         options.add_active_adapter(chosen._lora)

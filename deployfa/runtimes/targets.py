@@ -11,8 +11,9 @@ from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.providers import PROVIDERS
 from deployfa.runtimes.runner import Runner
+from deployfa.runtimes.tensorrt.library import LIBRARIES
 
-__all__ = ["DEFAULT_TARGET", "TARGETS", "check_target", "open_onnxruntime", "open_runner"]
+__all__ = ["DEFAULT_TARGET", "TARGETS", "check_target", "is_engine", "open_onnxruntime", "open_runner"]
 
 DEFAULT_TARGET = "onnxruntime-cpu"
 
@@ -34,12 +35,18 @@ _OPENERS: Mapping[str, Callable[..., Runner]] = {
     "onnxruntime-tensorrt": open_onnxruntime,
     "onnxruntime-tensorrt-rtx": open_onnxruntime,
 }
-TARGETS = tuple(_OPENERS)
+#: Those of TensorRT run an engine, which is a bundle's: ``deployfa.bundle.open_engine``.
+TARGETS = (*_OPENERS, *LIBRARIES)
+
+
+def is_engine(target: str) -> bool:
+    """Whether ``target`` runs a compiled engine, and no graph."""
+    return target in LIBRARIES
 
 
 def check_target(target: str) -> None:
     """Raise ``InputError`` unless there is such a target."""
-    if target not in _OPENERS:
+    if target not in TARGETS:
         raise InputError(f"no target '{target}'; targets: {', '.join(TARGETS)}")
 
 
@@ -59,6 +66,8 @@ def open_runner(
     own runner raises.
     """
     check_target(target)
+    if is_engine(target):
+        raise RuntimeTargetError(f"{target} runs engines, not graphs; make one of a bundle: deployfa compile BUNDLE")
     return _OPENERS[target](
         target,
         graph,

@@ -13,7 +13,7 @@ from deployfa.adapter import Adapter
 from deployfa.bench import BenchReport
 from deployfa.bench.contender import Contender, check_contenders
 from deployfa.bundle import Bundle
-from deployfa.bundle.slots import open_slots
+from deployfa.bundle.open_engine import open_slots
 from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.mixed import MixedRunner
 from deployfa.pack import pack
@@ -107,10 +107,14 @@ def test_slots_and_packs_ask_for_their_target_too(trained: dict[str, Path], tmp_
         assert Predictor(meant, target="onnxruntime-cpu")
 
 
-def test_a_target_of_another_runtime_has_no_slots(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_OPENERS", {**targets._OPENERS, "engine": lambda *_, **__: None})
-    with pytest.raises(RuntimeTargetError, match="this runs in ONNX Runtime, which engine is not; pick from: onnxrun"):
-        targets.open_onnxruntime("engine", bundle / "model.onnx")
+def test_a_target_of_another_runtime_has_no_slots(bundle: Path) -> None:
+    with pytest.raises(RuntimeTargetError, match="this runs in ONNX Runtime, which tensorrt is not; pick from: onnxru"):
+        targets.open_onnxruntime("tensorrt", bundle / "model.onnx")
+
+
+def test_an_engine_is_no_graph(bundle: Path) -> None:
+    with pytest.raises(RuntimeTargetError, match="runs engines, not graphs; make one of a bundle: deployfa compile"):
+        targets.open_runner("tensorrt-rtx", bundle / "model.onnx")
 
 
 def test_contenders_of_an_unknown_target_are_refused_before_a_worker_starts(bundle: Path) -> None:

@@ -38,8 +38,8 @@ class EngineRunner:
     """An engine, loaded.  Thread-safe: one run at a time.
 
     plan: its bytes, of which somebody has compared the sha256 (``deployfa.bundle.engines.read_engine``); record: what
-    it is.  cuda_graphs: launch a run's kernels as one, captured at the first run of each set of shapes.  bound: inputs
-    that every run gets the same arrays for (slots, tables, strengths), uploaded once; ``bind`` changes them.
+    it is.  cuda_graphs: launch a run's kernels as one, captured at the first run of each set of shapes.  defaults: of
+    every optional input of the record (slots, tables, strengths), uploaded once; a run may be fed another.
     runtime_cache: a file in which TensorRT for RTX keeps the kernels that it finishes on the device, so that the next
     process starts at once.
 
@@ -54,7 +54,7 @@ class EngineRunner:
         *,
         device: int = 0,
         cuda_graphs: bool = False,
-        bound: Mapping[str, Array] | None = None,
+        defaults: Mapping[str, Array] | None = None,
         runtime_cache: Path | None = None,
     ) -> None:
         self.record = record
@@ -82,17 +82,23 @@ class EngineRunner:
         for name, buffer in self._buffers.items():
             self._must(self._context.set_tensor_address(name, buffer.address), f"give '{name}' its memory")
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._bound: dict[str, tuple[int, ...]] = {}
-        self.bind(bound or {})
+        self._defaults: dict[str, Array] = {}
+        self._fed: set[str] = set()
+        self.bind(defaults or {})
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What ``run`` must be fed."""
-        return tuple(spec for spec in self.record.inputs if spec.name not in self._bound)
+        return tuple(spec for spec in self.record.inputs if spec.name not in self._defaults)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return tuple(self.record.outputs)
+
+    @property
+    def slots(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` may be fed besides: inputs with a default."""
+        return tuple(spec for spec in self.record.inputs if spec.name in self._defaults)
 
     @property
     def device(self) -> Device:
@@ -100,32 +106,40 @@ class EngineRunner:
         return self._device
 
     def bind(self, arrays: Mapping[str, Array]) -> None:
-        """From now on every run gets ``arrays`` for these inputs: one copy to the GPU now, none at a run.
+        """Make ``arrays`` the defaults of these inputs: one copy to the GPU now, none at a run.
 
         Raises ``RuntimeTargetError`` for a name that is no input, and for an array that does not fit it.
         """
-        check_feeds(arrays, (), optional=self.record.inputs)
-        check_profile(arrays, self.record.inputs, self.record.profile)
+        kept = self.values(arrays)
         with self._lock:
-            held = [self._upload(name, array) for name, array in arrays.items()]
+            held = [self._upload(name, array) for name, array in kept.items()]
             self._stream.wait()
             del held
-            self._bound |= {name: array.shape for name, array in arrays.items()}
+            self._defaults |= kept
+            self._fed -= set(kept)
 
-    def run(self, feeds: Mapping[str, Array], *, bind: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """One inference: every input that is not bound, by name → every output by name, in memory of the host.
+    def values(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """``arrays``, checked against the inputs of their names."""
+        check_feeds(arrays, (), optional=self.record.inputs)
+        check_profile(arrays, self.record.inputs, self.record.profile)
+        return dict(arrays)
 
-        bind: as the method, in the same turn, so that no other thread's adapter comes between.  Raises
+    def run(self, feeds: Mapping[str, Array], bound: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """One inference: every input without a default, and any others, by name → every output by name, in memory of
+        the host.
+
+        bound: more feeds, such as an adapter for the slots; like all feeds, for this run only.  Raises
         ``RuntimeTargetError`` on a missing, extra or misshapen feed, or one that the engine was not built for, before
         the GPU is touched.
         """
-        rebound = bind or {}
-        check_feeds(rebound, (), optional=self.record.inputs)
-        check_feeds(feeds, [spec for spec in self.inputs if spec.name not in rebound])
-        check_profile({**rebound, **feeds}, self.record.inputs, self.record.profile)
+        fed = {**(bound or {}), **feeds}
+        check_feeds(fed, self.inputs, optional=self.slots)
+        check_profile(fed, self.record.inputs, self.record.profile)
         with self._lock:
-            held = [self._upload(name, array) for name, array in (*rebound.items(), *feeds.items())]
-            self._bound |= {name: array.shape for name, array in rebound.items()}
+            # what the last run was fed in the place of a default gives way to it again
+            back = {name: self._defaults[name] for name in self._fed - set(fed)}
+            held = [self._upload(name, array) for name, array in (*back.items(), *fed.items())]
+            self._fed = set(fed) & set(self._defaults)
             self._execute()
             answers = {spec.name: self._download(spec) for spec in self.record.outputs}
             self._stream.wait()
