@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
-import transformers as tf
 
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.edits import Array, Edit, LowRank
@@ -24,55 +18,9 @@ from deployfa.parity.measures import LIMIT, normwise
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.tables import Layout, base_row, row_of
 
-Values = dict[str, Array]
+from .decoding import MODELS, generate, graphs_of, next_logits
+
 IDS = np.array([0, 1, 2, 3, 1, 2, 3, 0])
-STEPS = 3
-
-
-def _gpt2() -> Any:
-    small = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return tf.GPT2LMHeadModel(tf.GPT2Config(**small, bos_token_id=99, eos_token_id=99))
-
-
-def _llama() -> Any:
-    small = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
-    return tf.LlamaForCausalLM(
-        tf.LlamaConfig(**small, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    )
-
-
-def _graphs(model: Any) -> dict[str, ir.Model]:
-    """``prefill`` and ``decode``, as transformers exports them."""
-    from transformers.exporters import OnnxConfig, OnnxExporter
-
-    ids = torch.randint(0, 99, (2, 5))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        exported = OnnxExporter().export_for_generation(
-            model, {"input_ids": ids, "attention_mask": mask}, OnnxConfig(dynamic=True), multi_token_decode=True
-        )
-    return {name: component.program for name, component in exported.components.items()}
-
-
-def _generate(run: Any, random: np.random.Generator, steps: int) -> list[Array]:
-    """The logits of a prompt and of ``steps`` more tokens, the same ones whoever answers; caches are handed on."""
-    batch, prompt = len(IDS), 6
-    tokens = random.integers(0, 99, (batch, prompt + steps))
-    mask = np.ones_like(tokens)
-    mask[::3, :2] = 0
-    places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    feeds: dict[str, Array] = {"input_ids": tokens[:, :prompt]}
-    feeds |= {"attention_mask": mask[:, :prompt], "position_ids": places[:, :prompt]}
-    found = run("prefill", feeds)
-    answers = [found["logits"][:, -1]]
-    for step in range(prompt, prompt + steps):
-        caches = {f"input.{n.removeprefix('output.')}": array for n, array in found.items() if "past_key_values" in n}
-        feeds = {"input_ids": tokens[:, step : step + 1], "position_ids": places[:, step : step + 1], **caches}
-        found = run("decode", {**feeds, "attention_mask": mask[:, : step + 1]})
-        answers.append(found["logits"][:, -1])
-    return answers
 
 
 def _session(graph: ir.Model) -> OnnxRuntimeRunner:
@@ -80,10 +28,9 @@ def _session(graph: ir.Model) -> OnnxRuntimeRunner:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [_gpt2, _llama], ids=["GPT-2", "Llama"])
-def test_a_mixed_batch_generates_as_each_adapter_alone(make: Any) -> None:
-    torch.manual_seed(0)
-    graphs = _graphs(make().eval())
+@pytest.mark.parametrize("model", MODELS)
+def test_a_mixed_batch_generates_as_each_adapter_alone(model: str) -> None:
+    graphs = graphs_of(model)
     sites = find_sites(graphs["decode"])
     assert set(sites) == set(find_sites(graphs["prefill"])) and len(sites) > 8
     random = np.random.default_rng(0)
@@ -110,7 +57,7 @@ def test_a_mixed_batch_generates_as_each_adapter_alone(make: Any) -> None:
 
     def mixed(tables: Mapping[str, Array]) -> list[Array]:
         own = {**tables, "adapter_ids": IDS, "adapter_strength": np.ones(1, np.float32)}
-        return _generate(lambda name, feeds: sessions[name].run({**feeds, **own}), np.random.default_rng(5), STEPS)
+        return next_logits(generate(lambda name, feeds: sessions[name].run({**feeds, **own})))
 
     found = mixed(tables)
     moved = mixed({name: np.concatenate([table[:3], table[3:] + 0.01]) for name, table in tables.items()})
@@ -121,8 +68,8 @@ def test_a_mixed_batch_generates_as_each_adapter_alone(make: Any) -> None:
             for name, graph in graphs.items()
         }
         single = {name: _session(graph) for name, graph in alone.items()}
-        doubles = _generate(lambda name, feeds: evaluate(alone[name], [feeds])[0], np.random.default_rng(5), STEPS)  # noqa: B023
-        singles = _generate(lambda name, feeds: single[name].run(feeds), np.random.default_rng(5), STEPS)  # noqa: B023
+        doubles = next_logits(generate(lambda name, feeds: evaluate(alone[name], [feeds])[0]))  # noqa: B023
+        singles = next_logits(generate(lambda name, feeds: single[name].run(feeds)))  # noqa: B023
         chosen = number == IDS
         for step, (one, double, plain) in enumerate(zip(found, doubles, singles, strict=True)):
             noise = normwise(plain.astype(np.float64), double)
