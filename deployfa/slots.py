@@ -22,7 +22,7 @@ from deployfa.bundle.manifest import MANIFEST, Optimization, Slots
 from deployfa.bundle.slots import idle_adapter, idle_row, load_file, slots_of
 from deployfa.data import Row
 from deployfa.edits import Array
-from deployfa.errors import BaseMismatchError, EditError, RuntimeTargetError, SiteError
+from deployfa.errors import RuntimeTargetError
 from deployfa.fusion import choose_fusion
 from deployfa.graph import make_plan
 from deployfa.graph.idle import with_idle_branch, with_row
@@ -48,18 +48,11 @@ from deployfa.pipeline import (
 from deployfa.runtimes.onnx_adapter import SUFFIX, write_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import base_row, row_of
+from deployfa.tables.words import SLOTS
 
 __all__ = ["export_slots", "slot_adapter", "slot_row", "write_slot"]
 
 ADAPTER, IDLE = f"adapter{SUFFIX}", "idle.safetensors"
-#: What ``deployfa.tables`` says of a pack → what it is here.
-_WORDS = {
-    "the table is": "the bundle is",
-    "the table has": "the bundle has",
-    "pack it with adapters of its own base": "export an adapter of that base with --slots",
-    "pack again with --": "export the bundle again with --slots --",
-    "pack again with this adapter": "export this adapter with --slots, or as a bundle of its own",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +115,7 @@ def export_slots(
     layout = msgspec.structs.replace(layout, fingerprints=sorted({*layout.fingerprints, base.fingerprint}))
     zero = base_row(layout, base_heads(graph, layout))
     # base_graph has checked the base
-    row = row_of(adapter, layout, zero, weights=base_weights(graph, layout), allow_mismatch=True)
+    row = row_of(adapter, layout, zero, weights=base_weights(graph, layout), allow_mismatch=True, words=SLOTS)
     slots = add_slots(graph, layout)
     say("computing the reference in float64")
     cases, noise = reference(base, graph, adapter, rows)
@@ -207,14 +200,7 @@ def slot_row(
     if any(edit.input_low_rank is not None for site, edit in adapter.edits.items() if site in needed):
         own = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
         weights = base_weights(base_graph(own, model=model, status=status).load(), layout)
-    try:
-        return row_of(adapter, layout, idle_row(bundle), weights=weights, allow_mismatch=allow_base_mismatch)
-    except (BaseMismatchError, EditError, SiteError) as error:
-        # made for a pack, where a table has the rows
-        text = str(error)
-        for pack, slots in _WORDS.items():
-            text = text.replace(pack, slots)
-        raise type(error)(text) from error
+    return row_of(adapter, layout, idle_row(bundle), weights=weights, allow_mismatch=allow_base_mismatch, words=SLOTS)
 
 
 def write_slot(

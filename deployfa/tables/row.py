@@ -11,6 +11,7 @@ from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit, Float64, fold_matrix
 from deployfa.errors import BaseMismatchError, EditError, SiteError
 from deployfa.tables.layout import Head, Layout, LowRanks, Vectors
+from deployfa.tables.words import TABLE, Words
 
 __all__ = ["base_row", "check_fingerprint", "row_of"]
 
@@ -38,28 +39,30 @@ def row_of(
     *,
     weights: Mapping[str, Callable[[], Array]] | None = None,
     allow_mismatch: bool = False,
+    words: Words = TABLE,
 ) -> dict[str, Array]:
     """``adapter`` as one row: tensor → array, float32, computed in float64 and rounded once.
 
     base: the base's row, whose heads stay where the adapter brings none.  An edit of a head is folded into it.
-    weights: site → W (d, k), which a LoRFA needs where the layout adds low ranks to the output.  Raises
+    weights: site → W (d, k), which a LoRFA needs where the layout adds low ranks to the output.  words: what a refusal
+    says that the row is for.  Raises
     ``BaseMismatchError`` on another base, ``SiteError`` for a site or part that the layout has no place for, and
     ``EditError`` on values that are not finite or do not fit, a rank or a number of labels beyond the room included.
     """
-    check_fingerprint(adapter, layout, allow_mismatch=allow_mismatch)
+    check_fingerprint(adapter, layout, allow_mismatch=allow_mismatch, words=words)
     heads = {head.site: head for head in layout.heads}
     edits = {site: edit for site, edit in adapter.edits.items() if site not in heads}
-    _check_places(edits, layout)
+    _check_places(edits, layout, words)
     row = {name: np.zeros(shape, np.float32) for name, shape in layout.shapes().items()}
     for vectors in layout.vectors:
         _write_vectors(row, vectors, edits)
     for low in layout.low_ranks:
-        _write_low_ranks(row, low, edits, weights or {})
+        _write_low_ranks(row, low, edits, weights or {}, words)
     given = _modules_by_site(adapter, heads)
     for site, head in heads.items():
         weight, bias = given.get(site) or _head_of(base, head)
         # before the fold, which takes shapes that fit for granted
-        _check_head(head, weight, bias)
+        _check_head(head, weight, bias, words)
         if site in adapter.edits:
             edit = adapter.edits[site]
             edit.check(site, head.in_features, weight.shape[0])
@@ -68,7 +71,7 @@ def row_of(
     return row
 
 
-def check_fingerprint(adapter: Adapter, layout: Layout, *, allow_mismatch: bool = False) -> None:
+def check_fingerprint(adapter: Adapter, layout: Layout, *, allow_mismatch: bool = False, words: Words = TABLE) -> None:
     """Raise ``BaseMismatchError`` unless ``adapter`` was trained on a base that the layout was made for."""
     if allow_mismatch:
         return
@@ -82,12 +85,12 @@ def check_fingerprint(adapter: Adapter, layout: Layout, *, allow_mismatch: bool 
         short = found.removeprefix("sha256:")[:12]
         known = ", ".join(each.removeprefix("sha256:")[:12] for each in layout.fingerprints)
         raise BaseMismatchError(
-            f"the adapter was trained on base {short} ({adapter.base.name}), the table is for base {known}; "
-            "pack it with adapters of its own base"
+            f"the adapter was trained on base {short} ({adapter.base.name}), {words.name} is for base {known}; "
+            f"{words.other_base}"
         )
 
 
-def _check_places(edits: Mapping[str, Edit], layout: Layout) -> None:
+def _check_places(edits: Mapping[str, Edit], layout: Layout, words: Words) -> None:
     places = layout.sites()
     missing = sorted(set(edits) - set(places))
     if missing:
@@ -97,9 +100,7 @@ def _check_places(edits: Mapping[str, Edit], layout: Layout) -> None:
             part = "A" if name in _LOW_RANK else name
             if part not in places[site]:
                 has = ", ".join(sorted(places[site]))
-                raise SiteError(
-                    f"site '{site}' has no place for '{name}' here, only for: {has}; pack again with this adapter"
-                )
+                raise SiteError(f"site '{site}' has no place for '{name}' here, only for: {has}; {words.other_place}")
 
 
 def _write_vectors(row: dict[str, Array], vectors: Vectors, edits: Mapping[str, Edit]) -> None:
@@ -117,11 +118,15 @@ def _write_vectors(row: dict[str, Array], vectors: Vectors, edits: Mapping[str, 
 
 
 def _write_low_ranks(
-    row: dict[str, Array], low: LowRanks, edits: Mapping[str, Edit], weights: Mapping[str, Callable[[], Array]]
+    row: dict[str, Array],
+    low: LowRanks,
+    edits: Mapping[str, Edit],
+    weights: Mapping[str, Callable[[], Array]],
+    words: Words,
 ) -> None:
     for number, (site, width) in enumerate(zip(low.sites, low.widths, strict=True)):
         edit = edits.get(site)
-        parts = [] if edit is None else _as_placed(site, edit, low, weights)
+        parts = [] if edit is None else _as_placed(site, edit, low, weights, words)
         if not parts:
             continue
         for a, b in parts:
@@ -133,8 +138,8 @@ def _write_low_ranks(
         rank = sum(len(a) for a, _ in parts)
         if rank > low.rank:
             raise EditError(
-                f"site '{site}': the adapter has rank {rank}, the table has room for {low.rank}; pack again with "
-                f"--max-rank {rank}"
+                f"site '{site}': the adapter has rank {rank}, {words.name} has room for {low.rank}; "
+                f"{words.larger} --max-rank {rank}"
             )
         start = number * low.rank
         row[low.a_name][:, start : start + rank] = _single(np.concatenate([a for a, _ in parts]).T, site, "A")
@@ -142,7 +147,7 @@ def _write_low_ranks(
 
 
 def _as_placed(
-    site: str, edit: Edit, low: LowRanks, weights: Mapping[str, Callable[[], Array]]
+    site: str, edit: Edit, low: LowRanks, weights: Mapping[str, Callable[[], Array]], words: Words
 ) -> list[tuple[Float64, Float64]]:
     """(A, s B) of every low rank of ``edit``, float64, as it is added where the layout adds it.
 
@@ -156,9 +161,7 @@ def _as_placed(
         # a kernel of one point is none
         a = a.reshape(a.shape[:2]) if a.size == math.prod(a.shape[:2]) else a
         if where == "output" and low.where == "input":
-            raise SiteError(
-                f"site '{site}' has no place for a LoRA here, only for a LoRFA; pack again with this adapter"
-            )
+            raise SiteError(f"site '{site}' has no place for a LoRA here, only for a LoRFA; {words.other_place}")
         if where == "input" and low.where == "output":
             if site not in weights:
                 raise EditError(
@@ -184,7 +187,7 @@ def _modules_by_site(adapter: Adapter, heads: Mapping[str, Head]) -> dict[str, t
             inner, _, parameter = f"{module}.{name}".rpartition(".")
             if inner not in heads or parameter not in {"weight", "bias"}:
                 raise SiteError(
-                    f"module '{module}': '{name}' has no place here; heads that can be packed: "
+                    f"module '{module}': '{name}' has no place here; heads with a place: "
                     f"{', '.join(sorted(heads)) or 'none'}"
                 )
             found.setdefault(inner, {})[parameter] = array.astype(np.float64)
@@ -203,7 +206,7 @@ def _head_of(base: Mapping[str, Array], head: Head) -> tuple[Array, Array | None
     return base[head.weight_name].astype(np.float64).T[kept], bias[kept]
 
 
-def _check_head(head: Head, weight: Array, bias: Array | None) -> None:
+def _check_head(head: Head, weight: Array, bias: Array | None, words: Words = TABLE) -> None:
     """Raise ``EditError`` unless weight is (d, k) and bias (d,), with 1 ≤ d ≤ the room."""
     if weight.ndim != 2 or weight.shape[1] != head.in_features or not weight.shape[0]:
         raise EditError(
@@ -217,8 +220,8 @@ def _check_head(head: Head, weight: Array, bias: Array | None) -> None:
         )
     if labels > head.out_features:
         raise EditError(
-            f"module '{head.site}': the adapter has {labels} labels, the table has room for {head.out_features}; pack "
-            f"again with --max-labels {labels}"
+            f"module '{head.site}': the adapter has {labels} labels, {words.name} has room for {head.out_features}; "
+            f"{words.larger} --max-labels {labels}"
         )
 
 

@@ -13,6 +13,7 @@ from deployfa.edits import Array, Edit, LowRank, apply_input, fold_matrix
 from deployfa.errors import BaseMismatchError, DeployfaError, EditError, SiteError
 from deployfa.tables import Head, Layout, LowRanks, base_row, row_of
 from deployfa.tables.checks import check_base, check_row
+from deployfa.tables.words import SLOTS
 
 from .tiny import FINGERPRINT, HEAD, METHODS, SITES, base_head, draw, make_adapter, make_layout
 
@@ -409,7 +410,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[DeployfaError], str]] = {
     "another module": (
         {"modules": {"pooler": {"weight": ONE((3, 3))}}},
         SiteError,
-        "module 'pooler': 'weight' has no place here; heads that can be packed: classifier",
+        "module 'pooler': 'weight' has no place here; heads with a place: classifier",
     ),
     "another parameter": (
         {"modules": {HEAD: {"weight": ONE((2, 3)), "scale": ONE(2)}}},
@@ -498,6 +499,22 @@ def test_what_no_row_can_hold_is_refused(layout: Layout, base: Row, case: str) -
     assert says in text and "; " in text and "\n" not in text
 
 
+@pytest.mark.parametrize("case", REFUSED)
+def test_slots_refuse_the_same_in_their_own_words(layout: Layout, base: Row, case: str) -> None:
+    """Neither word of a table where the row is a slot's; whatever names the adapter brings stay as they are."""
+    changes, kind, _ = REFUSED[case]
+    with pytest.raises(kind) as caught:
+        row_of(make_adapter("vefa", **({"edits": {}} | changes)), layout, base, words=SLOTS)
+    text = str(caught.value)
+    assert "; " in text and "table" not in text and "pack" not in text
+
+
+def test_a_name_that_says_table_is_not_reworded(layout: Layout, base: Row) -> None:
+    named = BaseReference(name="the table is here", fingerprint="sha256:feedfeedfeedfeed")
+    with pytest.raises(BaseMismatchError, match=r"feedfeedfeed \(the table is here\), the bundle is for base"):
+        row_of(make_adapter("vefa", edits={}, base=named), layout, base, words=SLOTS)
+
+
 @pytest.mark.parametrize("base_name", ["no fingerprint", "another base"])
 def test_another_base_on_request(layout: Layout, base: Row, base_name: str) -> None:
     adapter = make_adapter("vefa", **REFUSED[base_name][0])
@@ -518,7 +535,7 @@ def test_any_of_the_layouts_bases_will_do(layout: Layout, base: Row) -> None:
 
 def test_a_refusal_of_heads_says_that_there_are_none(base: Row) -> None:
     adapter = make_adapter("head")
-    with pytest.raises(SiteError, match="heads that can be packed: none"):
+    with pytest.raises(SiteError, match="heads with a place: none"):
         row_of(adapter, make_layout(heads=[]), base)
 
 
