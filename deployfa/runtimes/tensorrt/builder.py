@@ -106,6 +106,9 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
         with write_file(Path(request.timings), force=True) as partial:
             partial.write_bytes(cache.serialize())
     kinds = Counter(_layer_type(network.get_layer(number)) for number in range(network.num_layers))
+    if progress is not None:
+        # the library's own last phase ends short of it
+        progress(1.0)
     return Built(
         library_version=library.version,
         layer_types=dict(sorted(kinds.items())),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -118,17 +119,25 @@ def _work(out: Path, answers: IO[bytes]) -> None:
 
     def progress(share: float) -> None:
         nonlocal shown
-        if share - shown >= 0.005:
+        if share - shown >= 0.005 or share >= 1.0 > shown:
             shown = share
             say(Message(share=share))
 
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildRequest)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         say(Message(built=build(request, out, progress)))
     except OSError as error:
         say(Message(error=str(error.strerror), errno=error.errno))
     except DeployfaError as error:
         say(Message(error=str(error), kind=type(error).__name__))
+
+
+def _end_with_parent() -> None:
+    """The other end of standard input is open as long as the process that asked lives, however that one ends."""
+    # not by sys.stdin, whose lock would be held when the interpreter ends
+    os.read(0, 1)
+    os._exit(1)
 
 
 if __name__ == "__main__":
