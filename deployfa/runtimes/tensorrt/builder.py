@@ -98,9 +98,7 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
     cache = _timing_cache(library, config, request.timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise build_error(library.target, log.errors, request.nodes)
-    if progress is not None:
-        progress(1.0)
+        raise build_error(library.target, log.errors, request.nodes, refit=request.refit)
     out.write_bytes(plan)
     if cache is not None and request.timings is not None:
         with write_file(Path(request.timings), force=True) as partial:

@@ -16,8 +16,8 @@ _LONGEST = 300
 #: what a builder says → what to do about it
 _HINTS = {
     r"OutOfMemory|workspace": "leave out --workspace, or give it more",
+    r"at least one output": "the graph is empty, export the bundle again",
     r"SM75|Turing": "build float32 for compute capability 8.0 or newer, or pass --precision fp16",
-    r"sm_vers_|CUDA_SUCCESS|[Rr]efit": "--refit needs the GPU that the engine is for; leave it out here",
     r"[Pp]rofile|[Dd]imension|shape": "try another --profile",
 }
 
@@ -61,18 +61,25 @@ def parse_error(target: str, parser: Any, errors: Sequence[str], nodes: Sequence
     first = refused[0]
     more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
     where = _place(first, nodes)
+    if not where:
+        return RuntimeTargetError(f"{target} does not read the graph ({_tidy(first.desc())}); export the bundle again")
     return RuntimeTargetError(
-        f"{target} does not take {where or 'the graph'}{more}: {_tidy(first.desc())}; "
+        f"{target} does not take {where}{more}: {_reason(first.desc())}; "
         "deploy this bundle with onnxruntime, or change the module that makes the node"
     )
 
 
-def build_error(target: str, errors: Sequence[str], nodes: Sequence[NodePlace]) -> RuntimeTargetError:
-    """The builder's first error, and the node that it is about if it names one."""
+def build_error(
+    target: str, errors: Sequence[str], nodes: Sequence[NodePlace], *, refit: bool = False
+) -> RuntimeTargetError:
+    """The builder's first error, and the node that it is about if it names one.  refit: whether that was asked for,
+    which fails without a GPU in as many words as there are capabilities to build for."""
     text = _first(errors)
     named = [node for node in nodes if node.name and re.search(rf"(?<![\w/.]){re.escape(node.name)}(?![\w/])", text)]
     where = f" of {max(named, key=lambda node: len(node.name))}" if named else ""
     hint = next((hint for words, hint in _HINTS.items() if re.search(words, text)), "try another --precision")
+    if refit:
+        hint = "--refit needs the GPU that the engine is for; leave it out here"
     return RuntimeTargetError(f"{target} did not build the engine{where}: {text}; {hint}")
 
 
@@ -86,6 +93,14 @@ def _place(error: Any, nodes: Sequence[NodePlace]) -> str:
     return f"node '{name}' ({error.node_operator()})" if name or error.node_operator() else ""
 
 
+def _reason(text: str) -> str:
+    """Why a node was refused; of an operator that it does not know, a parser gives its own condition and no words."""
+    if text.strip() == "false" or "Plugin not found" in text:
+        return "it has no such operator"
+    lines = [line for line in text.splitlines() if not re.search(r"^Invalid Node - |Cuda Runtime", line)]
+    return _tidy(" ".join(lines) or text)
+
+
 def _first(errors: Sequence[str]) -> str:
     return _tidy(errors[0]) if errors else "it does not say why"
 
@@ -95,5 +110,5 @@ def _tidy(text: str) -> str:
     line = " ".join(text.split())
     line = re.sub(r"^(\[[^\]]*\]\s*)+", "", line)
     line = re.sub(r"^I\w+::\w+: |^Error Code \d+: ", "", re.sub(r"^I\w+::\w+: ", "", line))
-    line = re.sub(r"\[\w+\.\w+:\d+: \w+\] | In \w+ at /\S+", "", line).strip().rstrip(".")
+    line = re.sub(r"\[\w+\.\w+:\d+: [^\]]+\] |\.? +In \w+ at /[^\s)]+", "", line).strip().rstrip(".")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
