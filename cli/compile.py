@@ -147,11 +147,16 @@ def kept_table(lowered: Lowered) -> Table:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+#: Builders count bytes in 64 bits, with a sign in places.
+_MOST = 2**50
+_DIGITS = 20
 
 
 def _bytes(text: str) -> int:
     """``512M`` → 536870912."""
     number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
-    if not number.isdecimal() or unit not in _UNITS or int(number) == 0:
+    if not number.isdecimal() or unit not in _UNITS or not number.strip("0"):
         raise InputError(f"'{text}' is no size; write --workspace 512M or 2G")
+    if len(number) > _DIGITS or int(number) * _UNITS[unit] > _MOST:
+        raise InputError(f"--workspace is more than any GPU has; write 512M or 2G, or leave it out: {text[:_DIGITS]}…")
     return int(number) * _UNITS[unit]

@@ -21,7 +21,7 @@ from deployfa.errors import RuntimeTargetError
 from deployfa.runtimes.runner import TensorSpec
 from deployfa.runtimes.tensorrt.library import Library, load_library
 from deployfa.runtimes.tensorrt.messages import NodePlace, build_error, make_log, parse_error
-from deployfa.runtimes.tensorrt.profiles import Sizes, shape_range
+from deployfa.runtimes.tensorrt.profiles import Sizes, resolve_profile, shape_range
 from deployfa.runtimes.tensorrt.progress import Progress, make_monitor
 
 __all__ = ["BuildRequest", "Built", "build", "default_capabilities"]
@@ -77,10 +77,11 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
     """Parse, build, and write the engine to ``out``, in this process.  progress: called with the share done, in [0, 1].
 
     A library that fails may take the process with it: ``process.build_engine`` is what others call.  Raises
-    ``MissingExtraError`` without the library, and ``RuntimeTargetError``, which names the node, when the graph is not
-    taken or not built.
+    ``MissingExtraError`` without the library, ``InputError`` for a profile that lacks a dimension, and
+    ``RuntimeTargetError``, which names the node, when the graph is not taken or not built.
     """
     begin = time.perf_counter()
+    sizes = resolve_profile(request.inputs, request.profile, {})
     library = load_library(request.target)
     api = library.api
     log = make_log(api)
@@ -92,7 +93,7 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
     config = builder.create_builder_config()
     capabilities = _configure(library, config, request)
     if any(isinstance(size, str) for spec in request.inputs for size in spec.shape):
-        config.add_optimization_profile(_profile(builder, request.inputs, request.profile))
+        config.add_optimization_profile(_profile(builder, request.inputs, sizes))
     if progress is not None:
         config.progress_monitor = make_monitor(api, progress)
     cache = _timing_cache(library, config, request.timings)
@@ -103,10 +104,10 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
     if cache is not None and request.timings is not None:
         with write_file(Path(request.timings), force=True) as partial:
             partial.write_bytes(cache.serialize())
-    kinds = Counter(_layer_type(network.get_layer(number)) for number in range(network.num_layers))
     if progress is not None:
         # the library's own last phase ends short of it
         progress(1.0)
+    kinds = Counter(_layer_type(network.get_layer(number)) for number in range(network.num_layers))
     return Built(
         library_version=library.version,
         layer_types=dict(sorted(kinds.items())),
@@ -137,7 +138,7 @@ def _configure(library: Library, config: Any, request: BuildRequest) -> tuple[st
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.level is not None:
         config.builder_optimization_level = request.level
-    wanted = tuple(request.compute_capabilities) or default_capabilities(library)
+    wanted = tuple(dict.fromkeys(request.compute_capabilities)) or default_capabilities(library)
     if wanted:
         capabilities = [library.capability(name) for name in wanted]
         config.num_compute_capabilities = len(wanted)

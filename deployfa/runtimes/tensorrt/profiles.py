@@ -15,6 +15,10 @@ from deployfa.runtimes.runner import TensorSpec
 
 __all__ = ["Sizes", "check_profile", "dimensions", "parse_profile", "resolve_profile", "shape_range"]
 
+#: A size is a 32-bit integer.
+_LARGEST = 2**31 - 1
+_DIGITS = 20
+
 
 class Sizes(msgspec.Struct, frozen=True):
     """Of one dimension, as ``--profile`` writes it: minimum, optimum, maximum."""
@@ -40,11 +44,14 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Sizes]:
             raise InputError(f"'{text}' is no profile; write it as NAME=MIN,OPT,MAX, such as batch=1,4,16")
         if name in profile:
             raise InputError(f"two profiles for '{name}'; pass one")
+        # Python itself refuses to read thousands of digits
+        if any(len(part) > _DIGITS for part in parts):
+            raise InputError(f"a size of '{name}' has more than {_DIGITS} digits; the largest size is {_LARGEST}")
         sizes = Sizes(*(int(part) for part in (parts * 3 if len(parts) == 1 else parts)))
         if not 0 <= sizes.minimum <= sizes.optimum <= sizes.maximum or sizes.maximum == 0:
             raise InputError(f"'{text}' is out of order; sizes go from the smallest to the largest: {name}=1,4,16")
-        if sizes.maximum > 2**31 - 1:
-            raise InputError(f"'{text}' is more than an engine can take; the largest size is {2**31 - 1}")
+        if sizes.maximum > _LARGEST:
+            raise InputError(f"'{text}' is more than an engine can take; the largest size is {_LARGEST}")
         profile[name] = sizes
     return profile
 
