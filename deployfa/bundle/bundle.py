@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from deployfa.atomic import write_file
-from deployfa.bundle.manifest import FORMAT, MANIFEST, Manifest, Tables
+from deployfa.bundle.manifest import ENGINES, FORMAT, MANIFEST, Manifest, Tables
 from deployfa.bundle.patch import Patch, check_patch, read_patch
 from deployfa.edits import Array
 from deployfa.errors import BundleError
@@ -38,7 +38,9 @@ class Bundle:
         """Open the bundle at ``path``; with ``patch``, the adapter that ``deployfa export --delta`` made it for.
 
         Raises ``BundleError`` if it is not one, or if a file is missing, changed, or lies outside the directory; and if
-        the patch is damaged, was made for another bundle, or does not fit the graph.
+        the patch is damaged, was made for another bundle, or does not fit the graph.  Engines are held against their
+        hash when one is loaded (``deployfa.bundle.engines.read_engine``): a device without the engine, or with a
+        damaged one, still runs the graph, and still builds the engine again.
         """
         path = Path(path)
         file = path / MANIFEST
@@ -52,8 +54,11 @@ class Bundle:
             raise BundleError(f"'{path}' has format {manifest.format}, this deployfa reads {FORMAT}; export it again")
         bundle = cls(path, manifest)
         bundle._check_names()
+        engines = {engine.file for engine in manifest.engines}
         for name, digest in manifest.files.items():
-            bundle._check(name, digest if check_files else None)
+            bundle._check_inside(name)
+            if name not in engines:
+                bundle._check(name, digest if check_files else None)
         if patch is not None:
             bundle.patch = read_patch(Path(patch))
             check_patch(bundle.patch, path, manifest)
@@ -69,7 +74,11 @@ class Bundle:
             needed.append(manifest.tables.file or "")
         if manifest.slots is not None:
             needed += [manifest.slots.file, manifest.slots.idle.file]
-        needed += [engine.file for engine in manifest.engines]
+        for engine in manifest.engines:
+            # what is replaced is removed, so nothing else may pass for one
+            if Path(engine.file).parent != Path(ENGINES) or Path(engine.file).suffix != ".engine":
+                raise BundleError(f"'{self.path}' names '{engine.file}' as an engine; refused, export the bundle again")
+            needed.append(engine.file)
         optional = (f"{manifest.graph.file}.data", *TOKENIZER_FILES)
         for name in (*needed, *(name for name in optional if (self.path / name).exists())):
             if name not in manifest.files:
@@ -81,10 +90,12 @@ class Bundle:
         if manifest.preprocessing.max_length < 1:
             raise BundleError(f"'{self.path}' has max_length {manifest.preprocessing.max_length}; export it again")
 
-    def _check(self, name: str, digest: str | None) -> None:
-        file = (self.path / name).resolve()
-        if not file.is_relative_to(self.path.resolve()):
+    def _check_inside(self, name: str) -> None:
+        if not (self.path / name).resolve().is_relative_to(self.path.resolve()):
             raise BundleError(f"'{self.path}': the manifest names '{name}', which lies outside the bundle; refused")
+
+    def _check(self, name: str, digest: str | None) -> None:
+        file = self.path / name
         if not file.is_file():
             raise BundleError(f"'{self.path}' lacks '{name}'; copy the whole directory again")
         if digest is not None and sha256_file(file) != digest:

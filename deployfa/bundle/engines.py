@@ -10,13 +10,11 @@ import msgspec
 
 from deployfa.atomic import write_file
 from deployfa.bundle.bundle import Bundle, sha256_file, write_manifest
+from deployfa.bundle.manifest import ENGINES
 from deployfa.errors import BundleError, InputError, OutputExistsError
 from deployfa.runtimes.tensorrt.record import EngineRecord
 
 __all__ = ["ENGINES", "add_engine", "check_engine_place", "engine_of", "read_engine"]
-
-#: The folder of a bundle's engines.
-ENGINES = "engines"
 
 
 def check_engine_place(bundle: Bundle, name: str, *, force: bool) -> None:
@@ -42,8 +40,7 @@ def add_engine(bundle: Bundle, name: str, build: Callable[[Path], EngineRecord],
         final = folder / f"{name}-{digest[:12]}.engine"
         aside.replace(final)
     except BaseException:
-        if not there and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        _remove_empty(folder, there)
         raise
     file = f"{ENGINES}/{final.name}"
     record = msgspec.structs.replace(record, file=file, sha256=digest, bytes=size)
@@ -61,11 +58,18 @@ def add_engine(bundle: Bundle, name: str, build: Callable[[Path], EngineRecord],
     except BaseException:
         if file not in bundle.manifest.files:
             final.unlink(missing_ok=True)
+        _remove_empty(folder, there)
         raise
     bundle.manifest = manifest
     for name in gone:
         (bundle.path / name).unlink(missing_ok=True)
     return record
+
+
+def _remove_empty(folder: Path, there: bool) -> None:
+    """The folder that was made for an engine, ``there`` before or not, when nothing came of it."""
+    if not there and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def engine_of(bundle: Bundle, target: str, name: str | None = None) -> EngineRecord:

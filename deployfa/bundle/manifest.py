@@ -11,6 +11,7 @@ from deployfa.runtimes.tensorrt.record import EngineRecord
 from deployfa.tables import Layout, Member
 
 __all__ = [
+    "ENGINES",
     "FORMAT",
     "MANIFEST",
     "AdapterSummary",
@@ -28,6 +29,8 @@ __all__ = [
 
 FORMAT = "deployfa-bundle/1"
 MANIFEST = "manifest.json"
+#: The folder of a bundle's engines.
+ENGINES = "engines"
 
 
 class Tensor(msgspec.Struct, frozen=True, kw_only=True):
