@@ -136,7 +136,7 @@ def compile_bundle(
                 graph_error=error,
                 error_limit=lowered.limit,
                 seconds=built.seconds,
-                command=_command(bundle, request, precision),
+                command=_command(bundle, request, precision, model),
             )
 
         engine = add_engine(bundle, name, build, force=force)
@@ -244,7 +244,7 @@ def _named(model: ir.Model) -> list[NodePlace]:
     return places
 
 
-def _command(bundle: Bundle, request: BuildRequest, precision: str) -> str:
+def _command(bundle: Bundle, request: BuildRequest, precision: str, model: str | Path | None) -> str:
     """What builds the same engine again."""
     words = ["deployfa", "compile", str(bundle.path), "--target", request.target, "--precision", precision]
     for name, sizes in request.profile.items():
@@ -256,4 +256,6 @@ def _command(bundle: Bundle, request: BuildRequest, precision: str) -> str:
     words += ["--tf32"] * request.tf32 + ["--refit"] * request.refit
     if request.level is not None:
         words += ["--level", str(request.level)]
+    if model is not None:
+        words += ["--model", str(model)]
     return shlex.join([*words, "--force"])
