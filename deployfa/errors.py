@@ -16,6 +16,7 @@ it after ``error:`` and exits with status 2.
     ├── EditError                    an edit that does not fit its site: shape, dtype, non-finite values
     ├── PlanError                    a placement that was asked for and is not exact
     ├── LeftoverError                tensors of the adapter that no rewrite consumed, or that changed nothing
+    ├── GraphError                   a graph whose types are unknown, or contradict each other
     ├── ExportError                  the base model could not be turned into a graph
     ├── RuntimeTargetError           a runtime that did not give what was asked for
     ├── StatisticsError              a figure that the samples cannot support
@@ -35,6 +36,7 @@ __all__ = [
     "DeployfaError",
     "EditError",
     "ExportError",
+    "GraphError",
     "InputError",
     "LeftoverError",
     "MissingExtraError",
@@ -106,6 +108,10 @@ class PlanError(DeployfaError):
 
 class LeftoverError(DeployfaError):
     """Tensors of the adapter were not consumed by any rewrite, or changed nothing."""
+
+
+class GraphError(DeployfaError):
+    """A value of a graph has no known type, or a node reads values of types that do not go together."""
 
 
 class ExportError(DeployfaError):
