@@ -1,8 +1,8 @@
 """Type a float32 graph to float16 or bfloat16, so that a strongly typed runtime takes its precision from the graph.
 
 TensorRT 10 can be told, and TensorRT 11 only knows, to compute every layer in the type that the graph names.  Which
-nodes keep float32 and why is said in ``precision_rules``; inputs and outputs keep their types, an adapter's tensors too,
-so that its files and a caller's feeds serve both graphs.
+nodes keep float32 and why is said in ``precision_rules``; inputs and outputs keep their types, an adapter's tensors
+too, so that its files and a caller's feeds serve both graphs.
 
 Our own code, because the two libraries that do this fall short here: ``onnxruntime.transformers.float16`` knows no
 bfloat16, casts to float16 and back between two nodes that both stay, and stores a shared weight once, to cast it at run
@@ -29,8 +29,8 @@ from deployfa.graph.precision_types import LOW, Precision, check_typed, infer_ty
 
 __all__ = ["Kept", "OperatorRow", "Precision", "Typed", "check_typed", "type_graph"]
 
-#: bfloat16 came to convolutions, poolings and many activations in this opset; from 20 on, nothing but GroupNormalization
-#: changed what it means.
+#: bfloat16 came to convolutions, poolings and many activations in this opset; since 20, no operator but
+#: GroupNormalization has changed its meaning.
 _BFLOAT16_OPSET, _SAME_FROM = 22, 20
 
 
@@ -52,7 +52,7 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class Typed:
-    """A typed graph, and how many nodes of each operator that reads or makes floats are of the lower type, or are not."""
+    """A typed graph, and how many nodes of each operator with floats are of the lower type, and how many are not."""
 
     model: ir.Model
     precision: Precision
@@ -65,9 +65,7 @@ class Typed:
         rows = []
         for op_type in sorted({*self.low, *self.kept}):
             kept = self.kept.get(op_type, none)
-            rows.append(
-                OperatorRow(op_type=op_type, low=self.low.get(op_type, 0), kept=kept.count, reason=kept.reason)
-            )
+            rows.append(OperatorRow(op_type=op_type, low=self.low.get(op_type, 0), kept=kept.count, reason=kept.reason))
         return rows
 
     def table(self) -> str:
@@ -80,9 +78,9 @@ class Typed:
 def type_graph(model: ir.Model, precision: Precision, *, force_low: frozenset[str] = frozenset()) -> Typed:
     """A copy of ``model`` whose float32 nodes are float16 (``fp16``) or bfloat16 (``bf16``) where that is safe.
 
-    force_low: operators that are made low although they would stay, for measuring what that costs.  ``model`` is not
-    changed, and its functions are written out in the copy.  bfloat16 raises a graph of opset 20 or 21 to opset 22, which
-    is the first in which convolutions have it.  Finite numbers beyond the type's range are stored as its largest.
+    force_low: operators that are made low although they would stay, for measuring what that costs: a finite number
+    beyond the type's range is then stored as its largest.  ``model`` is not changed, and its functions are written out
+    in the copy.  bfloat16 raises a graph of opset 20 or 21 to 22, the first in which convolutions have it.
 
     Raises ``GraphError`` naming the node whose type is unknown, or whose types contradict each other, and
     ``InputError`` for an unknown precision.

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from deployfa.edits import Array
-from deployfa.graph.large import LARGE_BYTES
+from deployfa.graph.precision_numbers import rounded, rounded_tensor
 from deployfa.graph.precision_rules import IGNORED, Reasons
 from deployfa.graph.precision_types import FLOAT, is_float
-from deployfa.graph.views import constant, read
+from deployfa.graph.views import constant, tensor_shape
 
 __all__ = ["lower"]
 
@@ -68,8 +66,8 @@ class _Lowering:
             self._lowered.add(node.outputs[index])
         if node.op_type == "ConstantOfShape":
             fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)
-            node.attributes["value"] = ir.AttrTensor("value", _rounded(fill, self._low))
-        elif node.op_type == "DequantizeLinear" and node.attributes.get_int("output_dtype", 0):
+            node.attributes["value"] = ir.AttrTensor("value", rounded(fill, self._low))
+        elif node.op_type == "DequantizeLinear" and "output_dtype" in node.attributes:
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(self._low))
         elif node.op_type == "Attention" and not node.domain and "softmax_precision" not in node.attributes:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", int(FLOAT))
@@ -99,7 +97,7 @@ class _Lowering:
 
     def clean(self) -> None:
         """Leave out what nobody reads any more; a weight that is stored in the lower type only keeps its name."""
-        for stored, rounded in self._weights.items():
+        for stored, lowered in self._weights.items():
             if stored.uses() or stored.is_graph_output():
                 continue
             maker, name = stored.producer(), stored.name
@@ -107,7 +105,7 @@ class _Lowering:
                 maker.graph.remove(maker, safe=True)
             elif stored.graph is not None and name:
                 del stored.graph.initializers[name]
-            rounded.name = name
+            lowered.name = name
         for graph in self.around:
             for node in reversed(list(graph)):
                 unread = not node.outputs[0].uses() and not node.outputs[0].is_graph_output() if node.outputs else False
@@ -150,10 +148,10 @@ class _Lowering:
         """A weight in the lower type, where the weight is."""
         maker = value.producer()
         owner = value.graph if maker is None else maker.graph
-        rounded = _rounded_tensor(tensor, self._low)
-        rounded.name = self._free(f"{value.name}/{self._low.name.lower()}")
+        tensor = rounded_tensor(tensor, self._low)
+        tensor.name = self._free(f"{value.name}/{self._low.name.lower()}")
         made = ir.Value(
-            name=rounded.name, const_value=rounded, shape=tensor.shape, type=ir.TensorType(self._low),
+            name=tensor.name, const_value=tensor, shape=ir.Shape(tensor_shape(tensor)), type=ir.TensorType(self._low),
             metadata_props=dict(value.metadata_props),
         )  # fmt: skip
         (owner if isinstance(owner, ir.Graph) else graph).register_initializer(made)
@@ -173,21 +171,3 @@ def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from attribute.as_graphs()
-
-
-def _rounded_tensor(tensor: ir.TensorProtocol, low: ir.DataType) -> ir.TensorProtocol:
-    """A large weight that lies in a file is rounded when it is written, and then forgotten."""
-    if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) and tensor.nbytes >= LARGE_BYTES:
-        return ir.LazyTensor(lambda: _rounded(read(tensor), low), dtype=low, shape=tensor.shape, cache=False)
-    return _rounded(read(tensor), low)
-
-
-def _rounded(array: Array, low: ir.DataType) -> ir.Tensor:
-    """To the nearest number of ``low``; beyond its largest, the largest.  Infinity stays, and so does NaN."""
-    target = low.numpy()
-    with np.errstate(over="ignore"):
-        cast = array.astype(target)
-    lost = np.isfinite(array) & ~np.isfinite(cast.astype(np.float32))
-    if lost.any():
-        cast = np.where(lost, np.sign(array) * np.float32(ml_dtypes.finfo(target).max), array).astype(target)
-    return ir.Tensor(np.ascontiguousarray(cast).reshape(array.shape), dtype=low)

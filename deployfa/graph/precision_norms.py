@@ -1,4 +1,4 @@
-"""Find the norms that exporters write in pieces, for instance RMSNorm as Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul, Mul.
+"""Find the norms that exporters write in pieces: RMSNorm as Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul, Mul.
 
 From every reduction it goes
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
-from deployfa.edits import Array
 from deployfa.graph.precision_norms import REDUCTIONS, decomposed_norms
+from deployfa.graph.precision_numbers import Fault, judge, judge_scale
 from deployfa.graph.precision_types import FLOAT, Slots, is_float
 from deployfa.graph.views import constant, read
 
 __all__ = ["IGNORED", "Reasons", "is_control"]
 
+_SUM: Final = "a sum of many numbers"
 _REASONS: Final[dict[str, frozenset[str]]] = {
     "a norm": frozenset(
         {
@@ -33,7 +32,7 @@ _REASONS: Final[dict[str, frozenset[str]]] = {
         }
     ),
     "a softmax": frozenset({"LogSoftmax", "Softmax"}),
-    "a sum of many numbers": REDUCTIONS | {"CumProd", "CumSum"},
+    _SUM: REDUCTIONS | {"CumProd", "CumSum"},
     "a power or an exponential": frozenset({"Cosh", "Exp", "Log", "Pow", "Sinh", "Softplus"}),
     "an angle": frozenset({"Cos", "Sin", "Tan"}),
     "makes numbers": frozenset(
@@ -64,8 +63,10 @@ _QUANTISERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 _INTEGER_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger"})
 #: These take any type and keep what they make.
 IGNORED: Final = frozenset({"Cast", "CastLike", "Constant", "Shape", "Size"})
-_INTEGER, _FEATURES, _STORED = "integer", "features", "stored"
 _Origin = Literal["integer", "features", "stored"]
+_INTEGER: Final = "integer"
+_FEATURES: Final = "features"
+_STORED: Final = "stored"
 
 
 def is_control(node: ir.Node) -> bool:
@@ -84,8 +85,7 @@ class Reasons:
 
     def __init__(self, nodes: list[ir.Node], opsets: dict[str, int], low: ir.DataType, forced: frozenset[str]) -> None:
         self._type, self._forced = low, forced
-        self._limits = ml_dtypes.finfo(low.numpy())
-        self._judged: dict[ir.Value, str] = {}
+        self._judged: dict[ir.Value, Fault | None] = {}
         self._origins: dict[ir.Value, _Origin] = {}
         self._nodes = [node for node in nodes if _touches_floats(node)]
         self.slots = {node: Slots.of(node, opsets, low) for node in self._nodes if not is_control(node)}
@@ -114,9 +114,7 @@ class Reasons:
         stored = all(self._is_constant(value) for value in values) and not is_control(node)
         floats = {self._origin(v) for v in values if v.dtype is not None and v.dtype.is_floating_point()}
         origin: _Origin = _FEATURES
-        if stored and _BY_OPERATOR.get(node.op_type) != "makes numbers":
-            origin = _STORED
-        elif node.op_type == "ConstantOfShape":
+        if (stored and _BY_OPERATOR.get(node.op_type) != "makes numbers") or node.op_type == "ConstantOfShape":
             origin = _STORED
         elif _FEATURES in floats or is_control(node) or node.op_type in _ENDS or _is_layer(node):
             origin = _FEATURES
@@ -141,6 +139,9 @@ class Reasons:
                 self.kept[node] = f"no {name} form is known of it in {domain} {version}"
             elif node.op_type in _BY_OPERATOR:
                 self._keep(node, _BY_OPERATOR[node.op_type])
+            elif node.attributes.get_string("reduction", "none") not in {"none", "max", "min"}:
+                # a scatter that adds up what arrives at one place
+                self._keep(node, _SUM)
 
     def _by_constants(self) -> None:
         name = self._type.name.lower()
@@ -156,46 +157,28 @@ class Reasons:
                 self._keep(node, f"a number below {name}'s range")
             elif any(_is_accumulator(value) for value in node.inputs):
                 self._keep(node, "reads an integer accumulator")
-            elif any(v in far and (node.op_type in _ELEMENTWISE | _MOVES or self._is_constant(v)) for v in node.inputs if v):
+            elif any(
+                v in far and (node.op_type in _ELEMENTWISE | _MOVES or self._is_constant(v)) for v in node.inputs if v
+            ):
                 self._keep(node, f"a number beyond {name}'s range")
             if self.kept.get(node) == f"a number beyond {name}'s range" and node.op_type in _ELEMENTWISE | _MOVES:
                 far.update(node.outputs)
 
-    def _fault(self, node: ir.Node, index: int) -> str:
+    def _fault(self, node: ir.Node, index: int) -> Fault | None:
         value = node.inputs[index]
-        assert value is not None  # a slot is an input that is there
-        fault = self._judge(value)
-        scale = constant(value) if node.op_type in _QUANTISERS and index == 1 else None
-        if scale is not None and not fault:
-            # a scale with fewer digits than the type has would move every number that it scales
-            smallest = np.abs(scale.numpy().astype(np.float64)).min(initial=np.inf)
-            fault = "small" if 0 < smallest < float(self._limits.smallest_normal) else ""
-        return fault
-
-    def _judge(self, value: ir.Value) -> str:
-        """``large``: a stored number would become infinite.  ``small``: the only one would become zero."""
         tensor = constant(value)
-        if tensor is None:
-            return ""
+        if value is None or tensor is None:
+            return None
         if value not in self._judged:
-            self._judged[value] = self._judge_array(read(tensor))
+            self._judged[value] = judge(read(tensor), self._type)
+        if self._judged[value] is None and node.op_type in _QUANTISERS and index == 1:
+            return judge_scale(read(tensor), self._type)
         return self._judged[value]
 
-    def _attribute_fault(self, node: ir.Node) -> str:
+    def _attribute_fault(self, node: ir.Node) -> Fault | None:
         if node.op_type != "ConstantOfShape" or "value" not in node.attributes:
-            return ""
-        return self._judge_array(node.attributes["value"].as_tensor().numpy())
-
-    def _judge_array(self, array: Array) -> str:
-        if not array.size:
-            return ""
-        finite = array if np.isfinite(array).all() else array[np.isfinite(array)]
-        extremes = np.array([finite.min(initial=0), finite.max(initial=0)], np.float32)
-        with np.errstate(over="ignore"):
-            if not np.isfinite(extremes.astype(self._type.numpy()).astype(np.float32)).all():
-                return "large"
-        lost = array.size == 1 and bool(array.any()) and not array.astype(self._type.numpy()).astype(np.float32).any()
-        return "small" if lost else ""
+            return None
+        return judge(node.attributes["value"].as_tensor().numpy(), self._type)
 
     def _norms(self) -> None:
         for node in decomposed_norms(self._floats, self._is_constant):
@@ -226,7 +209,9 @@ class Reasons:
         if value.is_graph_output():
             return True
         return any(
-            reader in self.kept or is_control(reader) or not (_makes_floats(reader) or reader.op_type in {"Shape", "Size"})
+            reader in self.kept
+            or is_control(reader)
+            or not (_makes_floats(reader) or reader.op_type in {"Shape", "Size"})
             for reader in value.consumers()
         )
 
@@ -237,6 +222,7 @@ class Reasons:
             if node not in self.kept and node.op_type not in self._forced
             and (node.op_type in _MOVES or all(self._origins[output] == _STORED for output in node.outputs))
         }  # fmt: skip
+        readers = {node for node in self._floats if not _makes_floats(node)}
         wanted: dict[ir.Value, set[bool]] = {}  # value → whether it is wanted low, by those who care
         for node in reversed(self._nodes):
             for output in node.outputs:
@@ -258,9 +244,8 @@ class Reasons:
                 whole = [value for value in sources if value not in low]
                 if (whole and (False in asked or not asked)) or (not sources and asked == {False}):
                     self._keep(node, "moves float32 numbers")
-            elif node in self.slots and not _makes_floats(node) and node.op_type not in IGNORED:
-                if any(value not in low for value in sources) or not sources:
-                    self._keep(node, "reads float32 numbers")
+            elif node in readers and not (sources and all(value in low for value in sources)):
+                self._keep(node, "reads float32 numbers")
             if node in self.slots and node not in self.kept and node.op_type not in IGNORED:
                 slots = self.slots[node]
                 low.update(node.outputs[index] for index in (slots.outputs if slots is not None else ()))

@@ -1,4 +1,4 @@
-"""Which inputs and outputs of an operator may be float16 or bfloat16, what type every value has, and whether they agree.
+"""Which inputs and outputs of an operator may be float16 or bfloat16, what type a value has, and whether types agree.
 
 The answers come from ONNX's own operator schemas (https://onnx.ai/onnx/operators/), which name each input by a type
 variable and say what the variable may be.
@@ -85,7 +85,9 @@ def infer_types(model: ir.Model) -> None:
     if any(True for _ in _untyped(model)):
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     for node, output in _untyped(model):
-        like = next((v.type for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()), None)
+        like = next(
+            (v.type for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()), None
+        )
         if node.domain == "com.microsoft" and node.op_type in CONTRIB and output.index() == 0 and like is not None:
             output.type = like
     for node, output in _untyped(model):
@@ -116,7 +118,9 @@ def check_typed(model: ir.Model) -> None:
         if schema is not None:
             _check_node(node, schema)
         elif node.domain == "com.microsoft" and node.op_type in CONTRIB:
-            types = {v.dtype for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()}
+            types = {
+                v.dtype for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()
+            }
             if len(types) > 1:
                 raise GraphError(f"{described(node)} reads {_listed(types)}; it takes one floating-point type")
     if standard:
