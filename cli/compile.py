@@ -141,8 +141,9 @@ def kept_table(lowered: Lowered) -> Table:
     table.add_column("operator")
     table.add_column(lowered.precision, justify="right")
     table.add_column("float32", justify="right")
+    table.add_column("why float32")
     for op in sorted({*lowered.low, *lowered.kept}):
-        table.add_row(op, str(lowered.low.get(op, 0)), str(lowered.kept.get(op, 0)))
+        table.add_row(op, str(lowered.low.get(op, 0)), str(lowered.kept.get(op, 0)), lowered.reasons.get(op, ""))
     return table
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import onnx_ir as ir
 
 from deployfa.edits import Array
+from deployfa.graph.precision import Precision, type_graph
 from deployfa.parity.measures import LIMIT
 from deployfa.quantise import quantise
 
 __all__ = ["PRECISIONS", "Judge", "Lowered", "lower"]
+#: Of float32's 24 bits, float16 keeps 11 and bfloat16 8.
+_COARSER: dict[Precision, float] = {"fp16": 2.0**13, "bf16": 2.0**16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +37,8 @@ class Judge:
 class Lowered:
     """A typed graph.
 
-    low, kept: operator → how many nodes compute in ``precision``, and in float32 still.  limit: the error that it may
-    have.
+    low, kept: operator → how many nodes compute in ``precision``, and in float32 still; reasons: operator → why the
+    latter.  limit: the error that it may have.
     """
 
     model: ir.Model
@@ -42,6 +46,7 @@ class Lowered:
     low: dict[str, int]
     kept: dict[str, int]
     limit: float
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def lower(model: ir.Model, precision: str, judge: Judge) -> Lowered:
@@ -57,6 +62,14 @@ def _float32(model: ir.Model, judge: Judge) -> Lowered:
     return Lowered(model, "fp32", {}, {}, LIMIT * judge.noise)
 
 
+def _float(precision: Precision, model: ir.Model, judge: Judge) -> Lowered:
+    typed = type_graph(model, precision)
+    kept = {op: each.count for op, each in typed.kept.items()}
+    reasons = {op: each.reason for op, each in typed.kept.items()}
+    limit = LIMIT * judge.noise * _COARSER[precision]
+    return Lowered(typed.model, precision, dict(typed.low), kept, limit, reasons)
+
+
 def _int8(model: ir.Model, judge: Judge) -> Lowered:
     quantised, chosen = quantise(model, judge.feeds, judge.error, allowed=judge.effect / 2)
     low = Counter(node.op_type for node in model.graph if node.name in set(chosen))
@@ -65,4 +78,9 @@ def _int8(model: ir.Model, judge: Judge) -> Lowered:
     return Lowered(quantised, "int8", dict(sorted(low.items())), kept, judge.effect / 2)
 
 
-PRECISIONS: dict[str, Callable[[ir.Model, Judge], Lowered]] = {"fp32": _float32, "int8": _int8}
+PRECISIONS: dict[str, Callable[[ir.Model, Judge], Lowered]] = {
+    "fp32": _float32,
+    "fp16": partial(_float, "fp16"),
+    "bf16": partial(_float, "bf16"),
+    "int8": _int8,
+}
