@@ -14,7 +14,7 @@ from deployfa.cli.export import tried_table
 from deployfa.cli.options import AllowMismatch, Force, Json, ModelOption, Threads, parse_shapes
 from deployfa.errors import InputError
 
-__all__ = ["PackReport", "pack"]
+__all__ = ["PackReport", "named", "pack"]
 
 
 class PackReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ def pack(
     from deployfa.data import read_rows
     from deployfa.pack import pack as run_pack
 
-    files = _Files(_named(adapters))
+    files = _Files(named(adapters))
     with spinner("packing") as status:
         packed = run_pack(
             files,
@@ -112,7 +112,7 @@ def pack(
     done(f"wrote '{out}' ({manifest.graph.bytes / 1e6:.1f} MB); next: deployfa verify {out}")
 
 
-def _named(given: list[str]) -> dict[str, Path]:
+def named(given: list[str]) -> dict[str, Path]:
     """NAME=PATH, or a path whose stem is the name; a directory that is no adapter stands for the adapters in it."""
     found: dict[str, Path] = {}
     for text in given:

@@ -29,12 +29,15 @@ from deployfa.graph.row_ops import ADAPTER_IDS, add_tables
 from deployfa.kept_fusions import compare_fusions
 from deployfa.parity.cases import SENTENCES
 from deployfa.parity.mixed import mixed_truth
+from deployfa.parity.other import Other
 from deployfa.pipeline import DEFAULT_SHAPES, Content, check_effect, check_export_options, write_bundle
 from deployfa.preprocess import TextPreprocessor
 from deployfa.tables import Layout, Member, base_row, row_of, write_fleet
 from deployfa.tables.checks import check_name
+from deployfa.tables.lease import unknown_name
+from deployfa.tables.row import check_fingerprint
 
-__all__ = ["FLEET", "Packed", "pack"]
+__all__ = ["FLEET", "Packed", "other_in_pack", "pack"]
 
 FLEET = "adapters.safetensors"
 Values = dict[str, Array]
@@ -166,6 +169,22 @@ def pack(
     )
     bundle = write_bundle(out, content, force=force)
     return Packed(bundle, layout, tuple(names[row - 1] for row in chosen_rows), base.made_now, tuple(base.warnings))
+
+
+def other_in_pack(bundle: Bundle, name: str, adapter: Adapter, *, allow_base_mismatch: bool = False) -> Other:
+    """``adapter``, which the pack ``bundle`` holds as ``name``, to be verified by itself.
+
+    Raises ``InputError`` if there is no such name, or no pack, and ``BaseMismatchError`` on another base.
+    """
+    tables = bundle.manifest.tables
+    if tables is None:
+        raise InputError(f"'{bundle.path}' holds one adapter; make a pack with: deployfa pack")
+    members = {member.name: (row, member) for row, member in enumerate(tables.adapters)}
+    if name not in members:
+        raise unknown_name(name, list(members))
+    check_fingerprint(adapter, tables.layout, allow_mismatch=allow_base_mismatch)
+    row, member = members[name]
+    return Other(name, adapter, member.labels, adapter.base, row=row, allow_mismatch=allow_base_mismatch)
 
 
 def _baked(model: ir.Model, *, values: Values) -> ir.Model:

@@ -19,7 +19,7 @@ from deployfa.base_graphs import base_graph
 from deployfa.bench import Shape
 from deployfa.bundle import Bundle
 from deployfa.bundle.manifest import MANIFEST, Optimization, Slots
-from deployfa.bundle.slots import idle_adapter, idle_row, load_file, slots_of
+from deployfa.bundle.slots import idle_row, known_labels, load_file, row_adapter, slots_of
 from deployfa.data import Row
 from deployfa.edits import Array
 from deployfa.errors import RuntimeTargetError
@@ -33,6 +33,7 @@ from deployfa.graph.storage import save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, widened, write_cases
 from deployfa.parity.measures import LIMIT, normwise, unmasked
+from deployfa.parity.other import Other
 from deployfa.parity.slots import run_slots
 from deployfa.parity.truth import Noise, graph_truth, run_graph
 from deployfa.pipeline import (
@@ -45,12 +46,12 @@ from deployfa.pipeline import (
     stored_reference,
     write_bundle,
 )
-from deployfa.runtimes.onnx_adapter import SUFFIX, write_onnx_adapter
+from deployfa.runtimes.onnx_adapter import SUFFIX, read_onnx_adapter, write_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import base_row, row_of
 from deployfa.tables.words import SLOTS
 
-__all__ = ["export_slots", "slot_adapter", "slot_row", "write_slot"]
+__all__ = ["export_slots", "other_in_slots", "slot_adapter", "slot_row", "write_slot"]
 
 ADAPTER, IDLE = f"adapter{SUFFIX}", "idle.safetensors"
 
@@ -121,7 +122,7 @@ def export_slots(
     cases, noise = reference(base, graph, adapter, rows)
     check_effect(adapter, cases, noise)
     truth = _Truth([widened(case, answer_width(graph, layout)) for case in cases], noise)
-    idle_truth = _Truth(*graph_truth(graph, idle_adapter(adapter, layout, zero), cases))
+    idle_truth = _Truth(*graph_truth(graph, row_adapter(adapter, layout, zero), cases))
     with tempfile.TemporaryDirectory(prefix="deployfa-slots-") as folder:
         scratch = Path(folder)
         choose = partial(choose_fusion, shapes=shapes, threads=threads, status=say)
@@ -232,8 +233,38 @@ def slot_adapter(
         return load_file(bundle, runner, path)
     adapter = Adapter.load(path)
     row = slot_row(bundle, adapter, model=model, allow_base_mismatch=allow_base_mismatch)
-    labels = adapter.labels or (() if adapter.modules else slots_of(bundle).labels)
-    return runner.load(row, labels=labels)
+    return runner.load(row, labels=_labels(bundle, adapter))
+
+
+def other_in_slots(
+    bundle: Bundle,
+    path: Path,
+    *,
+    model: str | Path | None = None,
+    allow_base_mismatch: bool = False,
+    status: Callable[[str], None] | None = None,
+) -> Other:
+    """The adapter in ``path``, an ``.onnx_adapter`` or any adapter file, to be verified in the slots of ``bundle``.
+
+    Of an ``.onnx_adapter`` the truth is that of the numbers in it, of any other file that of the adapter as it was
+    trained.  Raises what ``read_onnx_adapter`` and ``slot_row`` raise.
+    """
+    slots, own = slots_of(bundle), Adapter.load(bundle.adapter)
+    if path.suffix == SUFFIX:
+        row = read_onnx_adapter(path, slots.layout, idle_branch=slots.idle_branch)
+        return Other(
+            str(path), row_adapter(own, slots.layout, row), known_labels(bundle, row), bundle.manifest.base, path
+        )
+    adapter = Adapter.load(path)
+    row = slot_row(bundle, adapter, model=model, allow_base_mismatch=allow_base_mismatch, status=status)
+    # where it brings no head it answers with the base's
+    modules = {**row_adapter(own, slots.layout, idle_row(bundle)).modules, **adapter.modules}
+    whole = dataclasses.replace(adapter, modules=modules)
+    return Other(str(path), whole, _labels(bundle, adapter), bundle.manifest.base, row)
+
+
+def _labels(bundle: Bundle, adapter: Adapter) -> tuple[str, ...]:
+    return tuple(adapter.labels or (() if adapter.modules else slots_of(bundle).labels))
 
 
 def _check(

@@ -14,10 +14,11 @@ from filelock import FileLock
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.bundle import Bundle
 from deployfa.convert import to_lora, with_strength
+from deployfa.data import Row
 from deployfa.edits import Array, Edit
 from deployfa.errors import BaseMismatchError, BundleError, DeployfaError, InputError, PlanError, SiteError
 from deployfa.mixed import MixedRunner, open_table
-from deployfa.pack import FLEET, pack
+from deployfa.pack import FLEET, other_in_pack, pack
 from deployfa.parity import verify
 from deployfa.parity.cases import SENTENCES, read_cases, write_cases
 from deployfa.parity.measures import LIMIT, normwise
@@ -101,6 +102,34 @@ def test_verify_passes_and_sees_two_rows_swapped(kind: str, packs: dict[str, Pat
         changed.append(dataclasses.replace(case, feeds={**case.feeds, "adapter_ids": ids}))
     write_cases(reference, changed)
     assert not verify(Bundle.open(broken, check_files=False)).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [("baked", "three"), ("inputs", "vefa")])
+def test_one_adapter_of_a_pack_against_pytorch(
+    kind: str, name: str, packs: dict[str, Path], adapters: dict[str, Adapter]
+) -> None:
+    """And another one's truth is not its."""
+    bundle = Bundle.open(packs[kind])
+    rows = [Row(text=text) for text in SENTENCES[:40]]
+    report = verify(bundle, rows=rows, other=other_in_pack(bundle, name, adapters[name]))
+    assert report.passed, report.reason
+    assert report.adapter == name and report.stages[0].name == "PyTorch float32"
+    wrong = other_in_pack(bundle, "lora", adapters[name])
+    assert not verify(bundle, rows=rows, other=wrong).passed
+
+
+def test_what_is_no_adapter_of_a_pack(packs: dict[str, Path], adapters: dict[str, Adapter], bundles) -> None:
+    bundle = Bundle.open(packs["baked"])
+    with pytest.raises(InputError, match="adapter 'lorf' is not in the table; nearest names: lorfa"):
+        other_in_pack(bundle, "lorf", adapters["lorfa"])
+    with pytest.raises(InputError, match="holds one adapter; make a pack with"):
+        other_in_pack(Bundle.open(bundles["folded"]), "vefa", adapters["vefa"])
+    stranger = dataclasses.replace(adapters["vefa"], base=BaseReference(fingerprint="sha256:feed"))
+    with pytest.raises(BaseMismatchError, match="was trained on base feed"):
+        other_in_pack(bundle, "vefa", stranger)
+    with pytest.raises(InputError, match="leave --no-torch out"):
+        verify(bundle, other=other_in_pack(bundle, "vefa", adapters["vefa"]), use_torch=False)
 
 
 def test_an_answer_has_its_own_adapters_labels_only(packs: dict[str, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from deployfa.bundle.open_engine import open_slots
 from deployfa.bundle.slots import idle_row, slots_of
 from deployfa.convert import to_lora
 from deployfa.data import Row
-from deployfa.edits import Edit, LowRank
+from deployfa.edits import Array, Edit, LowRank
 from deployfa.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -40,7 +40,7 @@ from deployfa.parity.truth import run_graph
 from deployfa.pipeline import export, fused_base
 from deployfa.predict import Predictor
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter, write_onnx_adapter
-from deployfa.slots import export_slots, slot_adapter, slot_row, write_slot
+from deployfa.slots import export_slots, other_in_slots, slot_adapter, slot_row, write_slot
 
 #: Enough that the ratio of two noises settles; all of them take 10 s longer a bundle.
 ROWS = [Row(text=text) for text in SENTENCES[:40]]
@@ -209,18 +209,25 @@ def test_verify_against_pytorch(made: dict[str, Path], minilm_dir: Path) -> None
     assert [stage.name for stage in report.stages][:2] == ["no adapter, as deployed", "PyTorch float32"]
 
 
+def two_sites_swapped(bundle: Bundle, row: Mapping[str, Array]) -> dict[str, Array]:
+    """λ of the first two sites of one width, each where the other's belongs."""
+    segments = slots_of(bundle).layout.vectors[0].segments
+    one, other = segments[4], segments[6]
+    assert one.stop - one.start == other.stop - other.start
+    lam = row["adapter/lambda"]
+    swapped = lam.copy()
+    swapped[one.start : one.stop], swapped[other.start : other.stop] = (
+        lam[other.start : other.stop],
+        lam[one.start : one.stop],
+    )
+    return {**row, "adapter/lambda": swapped}
+
+
 def swap_two_sites(bundle: Bundle) -> None:
-    """λ of the first two sites of one width, each where the other's belongs; every checksum right."""
+    """In the adapter's own file; every checksum right."""
     slots = slots_of(bundle)
     file = bundle.path / slots.file
-    row = read_onnx_adapter(file, slots.layout, idle_branch=slots.idle_branch)
-    lam = row["adapter/lambda"]
-    one, other = slots.layout.vectors[0].segments[4], slots.layout.vectors[0].segments[6]
-    assert one.stop - one.start == other.stop - other.start
-    lam[one.start : one.stop], lam[other.start : other.stop] = (
-        lam[other.start : other.stop].copy(),
-        lam[one.start : one.stop].copy(),
-    )
+    row = two_sites_swapped(bundle, read_onnx_adapter(file, slots.layout, idle_branch=slots.idle_branch))
     write_onnx_adapter(file, row, slots.layout, idle_branch=slots.idle_branch, force=True)
 
 
@@ -298,6 +305,84 @@ def test_verify_sees_a_fault(
     report = verify(_vouched(bundle), use_torch=False)
     assert not report.passed
     assert report.reason.startswith(stage)
+
+
+@pytest.mark.slow
+class TestAnotherAdapterVerified:
+    """In the slots of a bundle that brings one of its own, against PyTorch in float64."""
+
+    @pytest.mark.parametrize("file", ["x.onnx_adapter", "x.safetensors"])
+    def test_with_labels_of_its_own(self, made: dict[str, Path], vefa: Adapter, tmp_path: Path, file: str) -> None:
+        bundle, other = Bundle.open(made["vefa"]), edited(vefa, 7, labels=3)
+        if file.endswith(".onnx_adapter"):
+            write_slot(bundle, other, tmp_path / file)
+        else:
+            other.save(tmp_path / file)
+        report = verify(bundle, rows=ROWS, other=other_in_slots(bundle, tmp_path / file))
+        assert report.passed, report.reason
+        assert report.adapter == str(tmp_path / file) and "PyTorch" in report.truth
+        assert [stage.name for stage in report.stages] == [
+            "PyTorch float32",
+            "ONNX Runtime, optimisations off",
+            "ONNX Runtime, as deployed",
+        ]
+        assert report.effect > 0.01
+
+    def test_with_the_bases_head(self, made: dict[str, Path], vefa: Adapter, tmp_path: Path) -> None:
+        bundle = Bundle.open(made["plain"])
+        dataclasses.replace(edited(vefa, 8), modules={}, labels=()).save(tmp_path / "bare.safetensors")
+        report = verify(bundle, rows=ROWS, other=other_in_slots(bundle, tmp_path / "bare.safetensors"))
+        assert report.passed, report.reason
+
+    def test_a_lorfa_in_slots_of_a_lora(self, made: dict[str, Path], trained: dict[str, Path], tmp_path: Path) -> None:
+        """Drawn: a few steps of training leave one that answers nearly the same to all, PyTorch within a last bit."""
+        bundle, lorfa = Bundle.open(made["lora"]), Adapter.load(trained["lorfa"])
+        random = np.random.default_rng(1)
+        edits = {}
+        for site, edit in lorfa.edits.items():
+            k = edit.in_features or 0
+            a, b = random.standard_normal((8, k)) / k**0.5, 0.05 * random.standard_normal((k, 8))
+            edits[site] = Edit(input_low_rank=LowRank(a.astype(np.float32), b.astype(np.float32), 1.0))
+        dataclasses.replace(lorfa, edits=edits).save(tmp_path / "x.safetensors")
+        report = verify(bundle, rows=ROWS, other=other_in_slots(bundle, tmp_path / "x.safetensors"))
+        assert report.passed, report.reason
+
+    def test_accuracy_is_counted_in_its_labels(self, made: dict[str, Path], vefa: Adapter, tmp_path: Path) -> None:
+        bundle = Bundle.open(made["vefa"])
+        edited(vefa, 7, labels=3).save(tmp_path / "x.safetensors")
+        rows = [Row(text=row.text, label=f"label {number % 3}") for number, row in enumerate(ROWS)]
+        report = verify(bundle, rows=rows, other=other_in_slots(bundle, tmp_path / "x.safetensors"))
+        assert report.passed and report.truth_accuracy is not None
+
+    def test_numbers_that_are_not_the_adapters_are_seen(
+        self, made: dict[str, Path], vefa: Adapter, tmp_path: Path
+    ) -> None:
+        bundle = Bundle.open(made["vefa"])
+        edited(vefa, 7).save(tmp_path / "x.safetensors")
+        other = other_in_slots(bundle, tmp_path / "x.safetensors")
+        assert isinstance(other.slot, dict)
+        wrong = dataclasses.replace(other, slot=two_sites_swapped(bundle, other.slot))
+        report = verify(bundle, rows=ROWS, other=wrong)
+        assert not report.passed and report.reason.startswith("ONNX Runtime, optimisations off: ")
+
+    def test_a_fault_of_the_graph_is_seen_with_a_file(
+        self, made: dict[str, Path], vefa: Adapter, tmp_path: Path
+    ) -> None:
+        bundle = Bundle.open(_copied(made["vefa"], tmp_path))
+        write_slot(bundle, edited(vefa, 7), tmp_path / "x.onnx_adapter")
+        nudge_the_adapted_branch(bundle)
+        bundle = _vouched(bundle)
+        report = verify(bundle, rows=ROWS, other=other_in_slots(bundle, tmp_path / "x.onnx_adapter"))
+        assert not report.passed and report.reason.startswith("ONNX Runtime, optimisations off: ")
+
+
+def test_without_pytorch_nothing_is_known_of_another(made: dict[str, Path], trained: dict[str, Path]) -> None:
+    bundle = Bundle.open(made["vefa"])
+    other = other_in_slots(bundle, trained["vefa"])
+    with pytest.raises(InputError, match="leave --no-torch out, or leave --adapter out to compare with the stored"):
+        verify(bundle, other=other, use_torch=False)
+    with pytest.raises(InputError, match="only with --patch, or for a bundle with slots or a pack"):
+        verify(bundle, adapter=Adapter.load(trained["vefa"]))
 
 
 def test_an_adapter_without_its_switch_is_refused(made: dict[str, Path], tmp_path: Path) -> None:

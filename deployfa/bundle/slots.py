@@ -17,8 +17,9 @@ from deployfa.graph.storage import load_graph
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import Layout
+from deployfa.tables.row_edits import row_edits
 
-__all__ = ["idle_adapter", "idle_row", "load_file", "slots_of"]
+__all__ = ["idle_row", "known_labels", "load_file", "row_adapter", "slots_of"]
 
 
 def slots_of(bundle: Bundle) -> Slots:
@@ -30,16 +31,21 @@ def slots_of(bundle: Bundle) -> Slots:
 
 
 def load_file(bundle: Bundle, runner: SlotRunner, path: Path) -> SlotAdapter:
-    """An ``.onnx_adapter`` file with what its answers mean, where that can be known: it has the head, and so the
-    labels, of the bundle's adapter or of the base, or there are no heads."""
-    slots = slots_of(bundle)
+    """An ``.onnx_adapter`` file with what its answers mean, where that can be known."""
     loaded = runner.load(path)
+    return dataclasses.replace(loaded, labels=known_labels(bundle, loaded.row))
+
+
+def known_labels(bundle: Bundle, row: Mapping[str, Array]) -> tuple[str, ...]:
+    """What the answers of ``row`` mean if it has the head of the bundle's adapter or of the base, or if there are no
+    heads; empty if not."""
+    slots = slots_of(bundle)
     names = [name for head in slots.layout.heads for name in (head.weight_name, head.bias_name)]
     own = read_onnx_adapter(bundle.path / slots.file, slots.layout, idle_branch=slots.idle_branch)
     for known, labels in ((own, bundle.labels), (idle_row(bundle), slots.labels)):
-        if all(np.array_equal(known[name], loaded.row[name]) for name in names):
-            return dataclasses.replace(loaded, labels=tuple(labels))
-    return loaded
+        if all(np.array_equal(known[name], row[name]) for name in names):
+            return tuple(labels)
+    return ()
 
 
 def idle_row(bundle: Bundle) -> dict[str, Array]:
@@ -54,9 +60,9 @@ def idle_row(bundle: Bundle) -> dict[str, Array]:
     return row
 
 
-def idle_adapter(adapter: Adapter, layout: Layout, row: Mapping[str, Array]) -> Adapter:
-    """The base as an adapter: no edits, and the base's own numbers, from its ``row``, in the modules that ``adapter``
-    replaces (so that both are of one fingerprint)."""
+def row_adapter(adapter: Adapter, layout: Layout, row: Mapping[str, Array]) -> Adapter:
+    """``row`` as an adapter: its edits, and its numbers in the modules that ``adapter`` replaces (so that both are of
+    one fingerprint).  The base's row has no edits and the base's own numbers."""
     heads = {head.site: head for head in layout.heads}
     modules: dict[str, dict[str, Array]] = {}
     for module, parameters in adapter.modules.items():
@@ -66,4 +72,4 @@ def idle_adapter(adapter: Adapter, layout: Layout, row: Mapping[str, Array]) -> 
             kept = ~np.isneginf(bias)
             value = bias[kept] if parameter == "bias" else row[heads[path].weight_name].T[kept]
             modules.setdefault(module, {})[name] = np.ascontiguousarray(value)
-    return dataclasses.replace(adapter, edits={}, modules=modules, labels=())
+    return dataclasses.replace(adapter, edits=row_edits(row, layout), modules=modules, labels=())

@@ -14,7 +14,7 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError
 from deployfa.preprocess import TextPreprocessor
 
-__all__ = ["SENTENCES", "Case", "read_cases", "text_cases", "widened", "write_cases"]
+__all__ = ["SENTENCES", "Case", "narrowed", "read_cases", "text_cases", "widened", "write_cases"]
 
 _SUBJECTS = (
     "The film",
@@ -86,6 +86,14 @@ def widened(case: Case, labels: int) -> Case:
         return np.pad(answer, ((0, 0), (0, labels - answer.shape[-1])), constant_values=-np.inf)
 
     return dataclasses.replace(case, truth=wide(case.truth), base=wide(case.base))
+
+
+def narrowed(answer: Array, case: Case) -> Array:
+    """``answer`` in as many labels as the truth of ``case`` has; what is beyond must be masked, or it is none: NaN."""
+    labels = answer.shape[-1] if case.truth is None else case.truth.shape[-1]
+    if np.isneginf(answer[..., labels:]).all():
+        return answer[..., :labels]
+    return np.full_like(answer[..., :labels], np.nan)
 
 
 def write_cases(path: Path, cases: Sequence[Case]) -> None:

@@ -30,10 +30,14 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages, the truth they were held against, and the verdict; ``target``: where the bundle ran."""
+    """The stages, the truth they were held against, and the verdict.
+
+    ``adapter``: what was judged instead of the bundle's own, in its slots, or of its pack; ``target``: where it ran.
+    """
 
     bundle: str
     patch: str | None = None
+    adapter: str | None = None
     target: str = "onnxruntime-cpu"
     truth: str
     rows: int

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from deployfa.adapter import Adapter
 from deployfa.bundle import Bundle
 from deployfa.bundle.engines import engine_of
 from deployfa.bundle.open_engine import open_slots
-from deployfa.bundle.slots import idle_adapter, idle_row, slots_of
+from deployfa.bundle.slots import idle_row, row_adapter, slots_of
 from deployfa.edits import Array
 from deployfa.graph.idle import idle_branch
 from deployfa.graph.storage import load_graph, save_graph
-from deployfa.parity.cases import Case, read_cases
+from deployfa.parity.cases import Case, narrowed, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure
+from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport
 from deployfa.parity.truth import Noise, run_graph, torch_truth
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
@@ -37,26 +37,22 @@ def run_slots(runner: SlotRunner, cases: Sequence[Case], adapter: SlotAdapter | 
     """
     names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
     found = [runner.run({name: case.feeds[name] for name in names}, adapter)[output] for case in cases]
-    return [_own(answer, case) for answer, case in zip(found, cases, strict=True)]
-
-
-def _own(answer: Array, case: Case) -> Array:
-    labels = answer.shape[-1] if case.truth is None else case.truth.shape[-1]
-    if np.isneginf(answer[..., labels:]).all():
-        return answer[..., :labels]
-    return np.full_like(answer[..., :labels], np.nan)
+    return [narrowed(answer, case) for answer, case in zip(found, cases, strict=True)]
 
 
 def slot_outputs(
-    bundle: Bundle, cases: Sequence[Case], target: str, engine: str | None = None
+    bundle: Bundle, cases: Sequence[Case], target: str, engine: str | None = None, other: Other | None = None
 ) -> list[tuple[str, list[Array]]]:
-    """What the adapter of ``bundle`` answers, added to the run by ONNX Runtime and fed as arrays."""
+    """What the adapter of ``bundle``, or the ``other`` one, answers: deployed as it is, a file added to the run by ONNX
+    Runtime, and with optimisations off, fed as arrays."""
     found: list[tuple[str, list[Array]]] = []
     for name, optimize in stages_on(target):
         runner = open_slots(bundle, target=target, engine=engine, spinning=False, optimize=optimize)
-        own = runner.current
-        assert own is not None  # open_slots leaves it active
-        found.append((name, run_slots(runner, cases, own if optimize else runner.load(own.row))))
+        if other is not None and other.slot is not None:
+            runner.swap(runner.load(other.slot))
+        active = runner.current
+        assert active is not None  # open_slots leaves one
+        found.append((name, run_slots(runner, cases, active if optimize else runner.load(active.row))))
     return found
 
 
@@ -88,7 +84,7 @@ def with_idle(
     else:
         # the manifest's base is the one it was exported on, also where a mismatch was allowed
         own = dataclasses.replace(Adapter.load(bundle.adapter), base=bundle.manifest.base)
-        cases, noise, _ = torch_truth(model, idle_adapter(own, slots.layout, idle_row(bundle)), cases)
+        cases, noise, _ = torch_truth(model, row_adapter(own, slots.layout, idle_row(bundle)), cases)
     found = run_slots(open_slots(bundle, target=target, engine=engine, spinning=False), cases, None)
     stage = measure(
         IDLE,

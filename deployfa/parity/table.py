@@ -17,7 +17,9 @@ def render(report: ParityReport) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    of = f"'{report.bundle}'" + (f" with '{report.patch}'" if report.patch is not None else "")
+    of = f"'{report.bundle}'" + "".join(
+        f" with '{each}'" for each in (report.patch, report.adapter) if each is not None
+    )
     table = Table(title=f"Parity of {of} against {report.truth}, {report.rows} rows")
     table.add_column("stage")
     columns = ["error / ‖truth‖", "error / noise", "max abs error (logits)", "error / adapter's effect", "label flips"]

@@ -16,9 +16,11 @@ from deployfa.bundle.open_engine import open_engine
 from deployfa.data import Row, label_ids
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
+from deployfa.graph.row_ops import ADAPTER_IDS
 from deployfa.metrics import Labels
-from deployfa.parity.cases import SENTENCES, Case, read_cases, text_cases
+from deployfa.parity.cases import SENTENCES, Case, narrowed, read_cases, text_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
+from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport, Stage
 from deployfa.parity.slots import coarseness, slot_outputs, stages_on, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
@@ -34,6 +36,7 @@ def verify(
     rows: Sequence[Row] | None = None,
     model: str | Path | None = None,
     adapter: Adapter | None = None,
+    other: Other | None = None,
     use_torch: bool | None = None,
     target: str | None = None,
     engine: str | None = None,
@@ -44,7 +47,9 @@ def verify(
     ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
     be found.  ``target``: of ``deployfa.runtimes.targets``, by default the bundle's own.  ``engine``: which one, where
     there are several; it is judged by what its precision was allowed.  A patched bundle is held against the reference
-    in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.
+    in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.  PyTorch alone can judge
+    ``other``, an adapter for the slots of the bundle (``deployfa.slots``) or one of a pack (``deployfa.pack``); then
+    nothing else is judged.
 
     Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used, and what a target raises
     that cannot be had.
@@ -54,13 +59,22 @@ def verify(
     target = target or manifest.target
     check_target(target)
     if adapter is not None and bundle.patch is None:
-        raise InputError("the bundle brings its own adapter; pass --adapter only with --patch")
-    if manifest.tables is not None:
+        raise InputError(
+            "the bundle brings its own adapter; pass --adapter only with --patch, or for a bundle with slots or a pack"
+        )
+    if other is not None:
+        if use_torch is False:
+            raise InputError(
+                "only PyTorch knows the truth of another adapter; leave --no-torch out, or leave --adapter out to "
+                "compare with the stored reference"
+            )
+        use_torch = True
+    elif manifest.tables is not None:
         # the rows of a table are rounded; the adapters that they were made from are not in the bundle
         if use_torch or rows is not None:
             raise InputError(
                 "a pack is held against the reference that was computed when it was packed; pass --no-torch and no "
-                "--data, or verify each adapter's own bundle"
+                "--data, or name one of its adapters: --adapter NAME=FILE"
             )
         use_torch = False
     name = str(model or manifest.base.name)
@@ -77,23 +91,38 @@ def verify(
         report = _report(bundle, cases, noise, manifest.reference.kind, None, [], target, engine)
         return report if manifest.slots is None else with_idle(bundle, report, cases, target=target, engine=engine)
     if find_spec("torch") is None:
-        raise MissingExtraError("torch", "train", "verifying against PyTorch (--no-torch uses the stored reference)")
+        stored = "" if other is not None else " (--no-torch uses the stored reference)"
+        raise MissingExtraError("torch", "train", f"verifying against PyTorch{stored}")
     if not name:
         raise InputError("the bundle names no base model; pass its directory with --model, or --no-torch")
     preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
     cases = text_cases(preprocessor, [row.text for row in rows] if rows else SENTENCES)
     say(f"computing the truth in PyTorch float64 ({sum(len(c.feeds['input_ids']) for c in cases)} rows)")
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
-    adapter = dataclasses.replace(adapter or Adapter.load(bundle.adapter), base=manifest.base)
-    cases, noise, _ = torch_truth(name, adapter, cases)
+    base = manifest.base if other is None else other.base
+    adapter = dataclasses.replace(_judged(bundle, adapter, other), base=base)
+    cases, noise, _ = torch_truth(name, adapter, cases, allow_mismatch=other is not None and other.allow_mismatch)
+    if other is not None and other.row is not None:
+        cases = [_in_pack(case, other.row) for case in cases]
     labels = None
     if rows and all(row.label is not None for row in rows):
-        labels = np.array(label_ids(rows, bundle.labels), dtype=np.int64)
+        names = bundle.labels if other is None or not other.labels else other.labels
+        labels = np.array(label_ids(rows, names), dtype=np.int64)
     float32 = [("PyTorch float32", list(noise.float32))]
-    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, float32, target, engine)
-    if manifest.slots is None:
+    report = _report(bundle, cases, noise, TORCH_TRUTH, labels, float32, target, engine, other)
+    if manifest.slots is None or other is not None:
         return report
     return with_idle(bundle, report, cases, target=target, engine=engine, model=name)
+
+
+def _judged(bundle: Bundle, adapter: Adapter | None, other: Other | None) -> Adapter:
+    return adapter or (other.adapter if other is not None else Adapter.load(bundle.adapter))
+
+
+def _in_pack(case: Case, row: int) -> Case:
+    """Every row of ``case`` with the same row of the tables."""
+    ids = np.full(len(case.feeds["input_ids"]), row, np.int64)
+    return dataclasses.replace(case, feeds={**case.feeds, ADAPTER_IDS: ids})
 
 
 def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
@@ -119,6 +148,7 @@ def _report(
     before: list[tuple[str, list[Array]]],
     target: str,
     engine: str | None,
+    other: Other | None = None,
 ) -> ParityReport:
     truths = [case.truth for case in cases if case.truth is not None]
     bases = [case.base for case in cases if case.base is not None]
@@ -128,9 +158,12 @@ def _report(
     right = None
     if sorted_labels is not None:
         right = np.concatenate(truths).argmax(-1)[data] == sorted_labels
-    run = slot_outputs if bundle.manifest.slots is not None else _outputs
+    if bundle.manifest.slots is not None:
+        after = slot_outputs(bundle, cases, target, engine, other)
+    else:
+        after = _outputs(bundle, cases, target, engine)
     coarse = coarseness(bundle, target, engine)
-    outputs = [(1.0, *each) for each in before] + [(coarse, *each) for each in run(bundle, cases, target, engine)]
+    outputs = [(1.0, *each) for each in before] + [(coarse, *each) for each in after]
     stages = [
         measure(
             name, found, truths, bases, noise=scale * noise.relative, noise_max_abs=scale * noise.max_abs,
@@ -141,16 +174,17 @@ def _report(
     truth, base = np.concatenate(truths), np.concatenate(bases)
     base, truth = unmasked(base, truth)
     effect = float(np.linalg.norm(truth - base) / np.linalg.norm(truth))
-    if bundle.manifest.tables is not None:
+    if bundle.manifest.tables is not None and other is None:
         trained = True
     elif bundle.patch is not None:
         trained = bundle.patch.meta.adapter.sites > 0
     else:
-        trained = any(edit.distance() > 0 for edit in Adapter.load(bundle.adapter).edits.values())
+        trained = any(edit.distance() > 0 for edit in _judged(bundle, None, other).edits.values())
     passed, reason = _verdict(stages, noise, coarse, silent=trained and noise.silent(cases))
     return ParityReport(
         bundle=str(bundle.path),
         patch=str(bundle.patch.path) if bundle.patch is not None else None,
+        adapter=other.name if other is not None else None,
         target=target,
         truth=truth_name,
         rows=len(truth),
@@ -170,10 +204,13 @@ def _outputs(bundle: Bundle, cases: Sequence[Case], target: str, engine: str | N
     if is_engine(target):
         with open_engine(bundle, target, name=engine) as runner:
             names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
-            found = [runner.run({name: case.feeds[name] for name in names})[output] for case in cases]
-        return [(name, found) for name, _ in stages_on(target)]
-    own: dict[str, Any] = {"target": target, "initializers": bundle.initializers, "bound": bundle.bound}
-    return [(name, run_graph(bundle.graph, cases, optimize=on, **own)) for name, on in stages_on(target)]
+            answers = [runner.run({name: case.feeds[name] for name in names})[output] for case in cases]
+        found = [(name, answers) for name, _ in stages_on(target)]
+    else:
+        own: dict[str, Any] = {"target": target, "initializers": bundle.initializers, "bound": bundle.bound}
+        found = [(name, run_graph(bundle.graph, cases, optimize=on, **own)) for name, on in stages_on(target)]
+    # another adapter of a pack may have more labels
+    return [(name, [narrowed(a, case) for a, case in zip(each, cases, strict=True)]) for name, each in found]
 
 
 def _verdict(stages: Sequence[Stage], noise: Noise, coarse: float, *, silent: bool) -> tuple[bool, str]:

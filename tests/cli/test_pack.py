@@ -51,11 +51,20 @@ def test_pack_and_run(cli, folder: Path, trained: dict[str, Path], tmp_path: Pat
     shown = cli("run", out, *texts, "--adapter", "lora.v1")
     assert [line.split()[0] for line in shown.stdout.splitlines()] == ["lora.v1", "lora.v1"]
 
+    data = tmp_path / "few.csv"
+    data.write_text("text\n" + "\n".join(f"This is sentence {number}." for number in range(40)), encoding="utf-8")
+    verified = cli("verify", out, "--adapter", f"again={trained['vefa']}", "--data", data, "--json")
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["adapter"] == "again"
+
     for words, says in (
         (("run", out, *texts), "name the adapter that answers with --adapter; there are: base, vefa, lora.v1, again"),
         (("run", out, *texts, "-a", "lora"), "no adapter 'lora' in this pack; there are: lora.v1"),
         (("run", out, *texts, "-a", "vefa", "--strength", "2"), "not between 0, the base, and 1"),
-        (("verify", out, "--torch"), "--no-torch"),
+        (("verify", out, "--torch"), "--no-torch and no --data, or name one of its adapters: --adapter NAME=FILE"),
+        (("verify", out, "--no-torch", "-a", trained["vefa"]), "leave --no-torch out"),
+        (("verify", out, "-a", f"shop={trained['vefa']}"), "adapter 'shop' is not in the table"),
+        (("verify", out, "-a", folder), "holds 2 adapters; name one of them: --adapter NAME=FILE"),
         (("bench", out, "--against", "base"), "is a pack; bench it against a bundle of one adapter"),
         (("pack", folder, "--out", out), f"'{out}' exists; pass --force"),
     ):

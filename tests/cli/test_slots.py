@@ -103,6 +103,30 @@ def test_verify_and_inspect(cli, exported: Path, tmp_path: Path) -> None:
     assert "without an adapter it runs the base graph beside them" in " ".join(cli("inspect", copy).stdout.split())
 
 
+@pytest.mark.slow
+def test_verify_another_adapter(cli, exported: Path, other: Path, few: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    before = (copy / "manifest.json").read_bytes()
+    result = cli("verify", copy, "--adapter", other, "--data", few, "--json")
+    assert result.returncode == 0, result.stderr
+    report = msgspec.json.decode(result.stdout, type=ParityReport)
+    assert report.adapter == str(other) and report.passed
+    assert (copy / "manifest.json").read_bytes() == before, "the manifest keeps what is of the bundle's own"
+    shown = cli("verify", copy, "--adapter", other, "--data", few)
+    assert "half.onnx_adapter'" in "".join(shown.stdout.split()) and "PASS" in shown.stdout
+
+
+def test_verify_another_adapter_refused(cli, exported: Path, other: Path, bundles, trained: Trained) -> None:
+    assert "leave --no-torch out" in refused(cli, "verify", exported, "-a", other, "--no-torch")
+    assert "no place for 'A' here" in refused(cli, "verify", exported, "-a", trained["lorfa"])
+    assert "only with --patch, or for a bundle with slots" in refused(
+        cli, "verify", bundles["folded"], "-a", trained["vefa"]
+    )
+    assert "leave it out" in refused(cli, "verify", exported, "--allow-base-mismatch")
+    other.write_bytes(other.read_bytes()[:-100])
+    assert "or a damaged one; convert the adapter again" in refused(cli, "verify", exported, "-a", other)
+
+
 def test_bench_times_it_idle(cli, exported: Path) -> None:
     result = cli("bench", exported, "--shapes", "1x8", "--max-seconds", "2", "--json")
     assert result.returncode == 0, result.stderr
