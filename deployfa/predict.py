@@ -109,7 +109,8 @@ class Predictor:
                 labels = self._labels if adapter is None else named[adapter]
             labels = labels or [f"LABEL_{position}" for position in range(len(row))]
             if len(labels) != len(row):
-                raise BundleError(f"the bundle names {len(labels)} labels for {len(row)} outputs; export it again")
+                whose, again = ("adapter", "convert") if slot is not None else ("bundle", "export")
+                raise BundleError(f"the {whose} names {len(labels)} labels for {len(row)} outputs; {again} it again")
             shifted = np.exp(row - row.max())
             scores = {label: float(p) for label, p in zip(labels, shifted / shifted.sum(), strict=True)}
             best = labels[int(row.argmax())]

@@ -27,6 +27,7 @@ from deployfa.fusion import choose_fusion
 from deployfa.graph import make_plan
 from deployfa.graph.idle import with_idle_branch, with_row
 from deployfa.graph.optimize import fuse
+from deployfa.graph.row_labels import add_labels_input
 from deployfa.graph.row_layout import answer_width, base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import add_slots
 from deployfa.graph.storage import save_graph
@@ -46,9 +47,10 @@ from deployfa.pipeline import (
     stored_reference,
     write_bundle,
 )
-from deployfa.runtimes.onnx_adapter import SUFFIX, read_onnx_adapter, write_onnx_adapter
+from deployfa.runtimes.onnx_adapter import SUFFIX, read_labelled, write_onnx_adapter
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.tables import base_row, row_of
+from deployfa.tables.layout import LABELS
 from deployfa.tables.words import SLOTS
 
 __all__ = ["export_slots", "other_in_slots", "slot_adapter", "slot_row", "write_slot"]
@@ -138,9 +140,12 @@ def export_slots(
             whole = with_row(with_idle_branch(fused_base, fused_slots), zero)
         else:
             idle, fused_base, whole = active, fuse(graph, active.chosen), with_row(fused_slots, zero)
+        add_labels_input(whole)
         fused = _Fused(fused_base, fused_slots, whole, idle, active)
         say("holding the bundle against the base graph and the reference")
-        write_onnx_adapter(scratch / ADAPTER, row, layout, idle_branch=idle_branch)
+        labels = adapter.labels or (() if adapter.modules else base.labels)
+        write_own = partial(write_onnx_adapter, row=row, layout=layout, idle_branch=idle_branch, labels=labels)
+        write_own(scratch / ADAPTER)
         save_graph(whole, _made(scratch / "whole"), share_equal=True)
         runner = SlotRunner(scratch / "whole" / "model.onnx", layout, threads=threads, spinning=False)
         exact = _check(runner, fused, scratch, truth, idle_truth, threads=threads)
@@ -150,7 +155,7 @@ def export_slots(
 
         def write(folder: Path) -> None:
             adapter.save(folder / "adapter.safetensors")
-            write_onnx_adapter(folder / ADAPTER, row, layout, idle_branch=idle_branch)
+            write_own(folder / ADAPTER)
             write_cases(folder / IDLE, idle_truth.cases)
 
         content = Content(
@@ -217,7 +222,10 @@ def write_slot(
     """Write ``adapter`` as an ``.onnx_adapter`` for the slots of ``bundle``; raises what ``slot_row`` raises."""
     slots = slots_of(bundle)
     row = slot_row(bundle, adapter, model=model, allow_base_mismatch=allow_base_mismatch, status=status)
-    write_onnx_adapter(out, row, slots.layout, idle_branch=slots.idle_branch, force=force)
+    # a graph of an older deployfa takes no names, and the runtime no file with them
+    named = any(tensor.name == LABELS for tensor in bundle.manifest.graph.inputs)
+    labels = _labels(bundle, adapter) if named else ()
+    write_onnx_adapter(out, row, slots.layout, idle_branch=slots.idle_branch, labels=labels, force=force)
 
 
 def slot_adapter(
@@ -247,14 +255,13 @@ def other_in_slots(
     """The adapter in ``path``, an ``.onnx_adapter`` or any adapter file, to be verified in the slots of ``bundle``.
 
     Of an ``.onnx_adapter`` the truth is that of the numbers in it, of any other file that of the adapter as it was
-    trained.  Raises what ``read_onnx_adapter`` and ``slot_row`` raise.
+    trained.  Raises what ``read_labelled`` and ``slot_row`` raise.
     """
     slots, own = slots_of(bundle), Adapter.load(bundle.adapter)
     if path.suffix == SUFFIX:
-        row = read_onnx_adapter(path, slots.layout, idle_branch=slots.idle_branch)
-        return Other(
-            str(path), row_adapter(own, slots.layout, row), known_labels(bundle, row), bundle.manifest.base, path
-        )
+        row, labels = read_labelled(path, slots.layout, idle_branch=slots.idle_branch)
+        labels = labels or known_labels(bundle, row)
+        return Other(str(path), row_adapter(own, slots.layout, row), labels, bundle.manifest.base, path)
     adapter = Adapter.load(path)
     row = slot_row(bundle, adapter, model=model, allow_base_mismatch=allow_base_mismatch, status=status)
     # where it brings no head it answers with the base's

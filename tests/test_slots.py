@@ -99,7 +99,12 @@ def test_a_bundle_holds_what_a_swap_needs(made: dict[str, Path], trained: dict[s
     assert all(np.array_equal(row[tensor], stored[tensor]) for tensor in row)
     inputs = [tensor.name for tensor in bundle.manifest.graph.inputs]
     assert inputs[:3] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert set(inputs[3:]) == {*row, "adapter_strength", *(["adapter_active"] if slots.idle_branch else [])}
+    assert set(inputs[3:]) == {
+        *row,
+        "adapter_strength",
+        "adapter_labels",
+        *(["adapter_active"] if slots.idle_branch else []),
+    }
 
 
 def test_the_two_branches_share_their_weights_on_disk(made: dict[str, Path], bundles: dict[str, Path]) -> None:
@@ -428,11 +433,32 @@ class TestPredictor:
         found = [answer.scores for answer in predictor.answer(TEXTS, slot=named)]
         assert all(list(scores) == ["label 0", "label 1", "label 2"] for scores in found)
         assert [answer.scores for answer in predictor.answer(TEXTS)] == own
-        # an .onnx_adapter has no names of labels
         predictor.slots.swap(slot_adapter(bundle, predictor.slots, tmp_path / "b.onnx_adapter"))
-        unnamed = [answer.scores for answer in predictor.answer(TEXTS)]
-        assert [list(scores) for scores in unnamed] == [["LABEL_0", "LABEL_1", "LABEL_2"]] * 3
-        assert [list(scores.values()) for scores in unnamed] == [list(scores.values()) for scores in found]
+        assert [answer.scores for answer in predictor.answer(TEXTS)] == found, "the file brings its labels along"
+
+    def test_a_file_without_names_and_one_with_too_many(
+        self, made: dict[str, Path], vefa: Adapter, tmp_path: Path
+    ) -> None:
+        bundle = Bundle.open(made["vefa"])
+        predictor, path = Predictor(bundle), tmp_path / "b.onnx_adapter"
+        assert predictor.slots is not None
+        write_slot(bundle, dataclasses.replace(edited(vefa, 5, labels=3), labels=()), path)
+        unnamed = slot_adapter(bundle, predictor.slots, path)
+        wanted = {"LABEL_0", "LABEL_1", "LABEL_2"}
+        assert all(set(answer.scores) == wanted for answer in predictor.answer(TEXTS, slot=unnamed))
+        write_slot(bundle, dataclasses.replace(edited(vefa, 5, labels=3), labels=tuple("abcd")), path, force=True)
+        many = slot_adapter(bundle, predictor.slots, path)
+        with pytest.raises(BundleError, match="the adapter names 4 labels for 3 outputs; convert it again"):
+            list(predictor.answer(TEXTS, slot=many))
+
+    def test_a_bundle_that_takes_no_names(self, made: dict[str, Path], vefa: Adapter, tmp_path: Path) -> None:
+        """As bundles were before names were an input: the runtime would refuse a file with them."""
+        bundle = Bundle.open(made["vefa"])
+        graph = bundle.manifest.graph
+        inputs = [tensor for tensor in graph.inputs if tensor.name != "adapter_labels"]
+        bundle.manifest = msgspec.structs.replace(bundle.manifest, graph=msgspec.structs.replace(graph, inputs=inputs))
+        write_slot(bundle, edited(vefa, 5, labels=3), tmp_path / "b.onnx_adapter")
+        assert slot_adapter(bundle, open_slots(bundle), tmp_path / "b.onnx_adapter").labels == ()
 
     def test_labels_of_a_file_with_a_head_that_is_known(
         self, made: dict[str, Path], vefa: Adapter, tmp_path: Path

@@ -31,9 +31,9 @@ def slots_of(bundle: Bundle) -> Slots:
 
 
 def load_file(bundle: Bundle, runner: SlotRunner, path: Path) -> SlotAdapter:
-    """An ``.onnx_adapter`` file with what its answers mean, where that can be known."""
+    """An ``.onnx_adapter`` file with what its answers mean, where it says so or that can be known."""
     loaded = runner.load(path)
-    return dataclasses.replace(loaded, labels=known_labels(bundle, loaded.row))
+    return dataclasses.replace(loaded, labels=loaded.labels or known_labels(bundle, loaded.row))
 
 
 def known_labels(bundle: Bundle, row: Mapping[str, Array]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from deployfa.edits import Array
 from deployfa.errors import PlanError
 from deployfa.graph.row_defaults import attach_defaults, default_strength
-from deployfa.tables.layout import ACTIVE
+from deployfa.tables.layout import ACTIVE, LABELS
 
 __all__ = ["adapted_branch", "default_active", "idle_branch", "with_idle_branch", "with_row"]
 
@@ -111,7 +111,7 @@ def _alone(model: ir.Model, which: str) -> ir.Model:
     inputs = [
         value
         for value in clone.graph.inputs
-        if value.name != ACTIVE and (which == "then_branch" or value.name not in clone.graph.initializers)
+        if value.name not in {ACTIVE, LABELS} and (which == "then_branch" or value.name not in clone.graph.initializers)
     ]
     alone = {value.name: _like(value) for value in inputs}
     for value in inputs:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from deployfa.edits import Array
 from deployfa.errors import PlanError
 from deployfa.graph.row_values import STRENGTH
+from deployfa.tables.layout import LABELS
 
 __all__ = ["attach_defaults", "bake", "default_strength", "detach_defaults"]
 
@@ -26,8 +27,12 @@ def attach_defaults(model: ir.Model, values: Mapping[str, Array]) -> None:
 
 
 def detach_defaults(model: ir.Model) -> dict[str, Array]:
-    """Make every optional input one that must be fed, and return what it was without.  Changes ``model``."""
+    """Make every optional input one that must be fed, and return what it was without; names of labels, which nothing
+    reads, are no input any more.  Changes ``model``."""
     defaults: dict[str, Array] = {}
+    model.graph.initializers.pop(LABELS, None)
+    for value in [value for value in model.graph.inputs if value.name == LABELS]:
+        model.graph.inputs.remove(value)
     for value in model.graph.inputs:
         name = value.name
         if name is not None and name in model.graph.initializers and value.const_value is not None:

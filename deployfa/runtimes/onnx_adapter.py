@@ -7,7 +7,10 @@ branch; ``adapter_strength`` is left to the caller.  Its two version numbers, wh
 - ``model_version``: what it fits, the first 31 bits of the sha256 of the layout, the base's fingerprints included;
 - ``adapter_version``: what it holds, the low 31 bits of a CRC-32 of every tensor, so that a damaged file is noticed.
 
-It holds no names of labels.  Source: https://onnxruntime.ai/docs/genai/tutorials/finetune.html and
+What its answers mean is a tensor too, ``adapter_labels``, which the graph must take and no operator reads (see
+``deployfa.graph.row_labels``): the format has no place for a text, and the runtime refuses what is no input.
+
+Source: https://onnxruntime.ai/docs/genai/tutorials/finetune.html and
 ``onnxruntime/lora/adapter_format/adapter_schema.fbs`` in ONNX Runtime.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,28 @@ from deployfa.edits import Array
 from deployfa.errors import AdapterFormatError, BaseMismatchError, EditError, InputError, MissingExtraError
 from deployfa.tables import Layout
 from deployfa.tables.checks import check_row
-from deployfa.tables.layout import ACTIVE
+from deployfa.tables.label_bytes import label_bytes, read_label_bytes
+from deployfa.tables.layout import ACTIVE, LABELS
 
-__all__ = ["SUFFIX", "model_version", "read_onnx_adapter", "write_onnx_adapter"]
+__all__ = ["SUFFIX", "model_version", "read_labelled", "read_onnx_adapter", "write_onnx_adapter"]
 
 SUFFIX = ".onnx_adapter"
 _BITS = 0x7FFFFFFF  # the format has signed integers
 
 
 def write_onnx_adapter(
-    path: Path, row: Mapping[str, Array], layout: Layout, *, idle_branch: bool, force: bool = False
+    path: Path,
+    row: Mapping[str, Array],
+    layout: Layout,
+    *,
+    idle_branch: bool,
+    labels: Sequence[str] = (),
+    force: bool = False,
 ) -> None:
     """Write ``row`` to ``path``, whole or not at all; the same row gives the same bytes.
 
-    idle_branch: whether the graph has one, which the adapter must then switch off.  Raises ``EditError`` if ``row`` is
+    idle_branch: whether the graph has one, which the adapter must then switch off.  labels: what the answers mean, for
+    a graph that takes ``adapter_labels`` only.  Raises ``EditError`` if ``row`` is
     none of ``layout``, ``MissingExtraError`` without onnxruntime.
     """
     ort = _import_onnxruntime()
@@ -48,6 +59,8 @@ def write_onnx_adapter(
     tensors = {name: np.ascontiguousarray(row[name]) for name in sorted(row)}
     if idle_branch:
         tensors[ACTIVE] = np.ones(1, np.float32)
+    if labels:
+        tensors[LABELS] = label_bytes(labels)
     file = ort.AdapterFormat()
     file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()})
     file.set_model_version(model_version(layout))
@@ -57,7 +70,12 @@ def write_onnx_adapter(
 
 
 def read_onnx_adapter(path: Path, layout: Layout, *, idle_branch: bool) -> dict[str, Array]:
-    """The row in ``path``, copied out of the file.
+    """The row in ``path``, copied out of the file; raises what ``read_labelled`` raises."""
+    return read_labelled(path, layout, idle_branch=idle_branch)[0]
+
+
+def read_labelled(path: Path, layout: Layout, *, idle_branch: bool) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The row in ``path``, copied out of the file, and what its answers mean, empty if it does not say.
 
     Raises ``InputError`` if there is no such file, ``AdapterFormatError`` if it is no such file or a damaged one, and
     ``BaseMismatchError`` if it was made for another base or another set of slots.
@@ -84,11 +102,13 @@ def read_onnx_adapter(path: Path, layout: Layout, *, idle_branch: bool) -> dict[
     active = tensors.pop(ACTIVE, None)
     if (active is not None) != idle_branch or (active is not None and not _is_on(active)):
         raise AdapterFormatError(f"'{path}' does not switch itself on as this bundle's slots want it; convert it again")
+    named = tensors.pop(LABELS, None)
     try:
         check_row(layout, tensors)
-    except EditError as error:
+        labels = () if named is None else read_label_bytes(named)
+    except (AdapterFormatError, EditError) as error:
         raise AdapterFormatError(f"'{path}': {error}") from error
-    return tensors
+    return tensors, labels
 
 
 def model_version(layout: Layout) -> int:

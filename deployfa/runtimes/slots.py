@@ -15,14 +15,14 @@ import numpy as np
 
 from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
-from deployfa.runtimes.onnx_adapter import read_onnx_adapter
+from deployfa.runtimes.onnx_adapter import read_labelled
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_onnxruntime
 from deployfa.runtimes.tensorrt.runner import EngineRunner
 from deployfa.tables import Layout
 from deployfa.tables.checks import check_row
-from deployfa.tables.layout import ACTIVE, STRENGTH
+from deployfa.tables.layout import ACTIVE, LABELS, STRENGTH
 
 __all__ = ["Current", "SlotAdapter", "SlotRunner"]
 
@@ -74,6 +74,7 @@ class SlotRunner:
             raise RuntimeTargetError(f"the graph has no slot '{missing[0]}'; export it with --slots")
         self.idle_branch = ACTIVE in slots
         self._files_idle = self.idle_branch if files_idle is None else files_idle
+        self._takes_labels = LABELS in slots
         self._current: SlotAdapter | None = None
 
     @property
@@ -93,13 +94,18 @@ class SlotRunner:
     def load(self, source: Path | Mapping[str, Array], *, labels: Sequence[str] = ()) -> SlotAdapter:
         """An adapter from an ``.onnx_adapter`` file, or from a row in memory, which is copied.
 
-        Raises what ``read_onnx_adapter`` raises, and ``EditError`` for arrays that are no row of the layout.
+        labels: what its answers mean; by default what the file says.
+        Raises what ``read_labelled`` raises, and ``EditError`` for arrays that are no row of the layout.
         """
         lora = None
         if isinstance(source, Path):
-            row: Mapping[str, Array] = read_onnx_adapter(source, self.layout, idle_branch=self._files_idle)
-            # an engine is fed the same numbers
-            lora = _lora(source) if isinstance(self._runner, OnnxRuntimeRunner) else None
+            row: Mapping[str, Array]
+            row, said = read_labelled(source, self.layout, idle_branch=self._files_idle)
+            # an engine is fed the same numbers; so is a graph of an older deployfa a file with names of labels, which
+            # the runtime refuses there
+            takes = isinstance(self._runner, OnnxRuntimeRunner) and (self._takes_labels or not said)
+            lora = _lora(source) if takes else None
+            labels = labels or said
         else:
             check_row(self.layout, source)
             row = {name: np.array(array, order="C") for name, array in source.items()}

@@ -21,12 +21,14 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["ACTIVE", "PREFIX", "STRENGTH", "Head", "Layout", "LowRanks", "Segment", "VectorPart", "Vectors"]
+__all__ = ["ACTIVE", "LABELS", "PREFIX", "STRENGTH", "Head", "Layout", "LowRanks", "Segment", "VectorPart", "Vectors"]
 
 PREFIX = "adapter"
 #: Beside a row: how much of it, and, in a graph with an idle branch, whether it runs at all; see ``deployfa.graph``.
 STRENGTH = "adapter_strength"
 ACTIVE = "adapter_active"
+#: And what its answers mean, for readers of a file; no operator reads it.
+LABELS = "adapter_labels"
 VectorPart = Literal["lambda", "delta", "out_lambda"]
 
 

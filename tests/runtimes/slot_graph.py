@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.graph.idle import with_idle_branch, with_row
+from deployfa.graph.row_labels import add_labels_input
 from deployfa.graph.row_layout import base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import add_slots
 from deployfa.graph.storage import save_graph
@@ -68,12 +69,16 @@ def make_adapter(seed: int, *, labels: int = 3, fingerprint: str = FINGERPRINT) 
 class SlotGraph:
     """The graph in a file, and rows for it."""
 
-    def __init__(self, folder: Path, *, idle_branch: bool = True, max_labels: int = 5) -> None:
+    def __init__(
+        self, folder: Path, *, idle_branch: bool = True, max_labels: int = 5, takes_labels: bool = True
+    ) -> None:
         self.base = base_model()
         self.layout = make_layout(self.base, {"a": make_adapter(1)}, max_labels=max_labels)
         self.zero = base_row(self.layout, base_heads(self.base, self.layout))
         slots = add_slots(self.base, self.layout)
         self.model = with_row(with_idle_branch(self.base, slots) if idle_branch else slots, self.zero)
+        if takes_labels:
+            add_labels_input(self.model)
         self.idle_branch = idle_branch
         self.path = save_graph(self.model, folder, share_equal=True)
         (folder / "base").mkdir()

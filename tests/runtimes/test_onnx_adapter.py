@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 
 from deployfa.errors import AdapterFormatError, BaseMismatchError, EditError, InputError, OutputExistsError
-from deployfa.runtimes.onnx_adapter import model_version, read_onnx_adapter, write_onnx_adapter
-from deployfa.tables.layout import ACTIVE
+from deployfa.runtimes.onnx_adapter import model_version, read_labelled, read_onnx_adapter, write_onnx_adapter
+from deployfa.tables.layout import ACTIVE, LABELS
 
 from .slot_graph import SlotGraph
 
@@ -47,6 +47,16 @@ def test_what_was_written_is_read(slot_graph, file):
     assert all(np.array_equal(found[name], row[name]) and found[name].dtype == np.float32 for name in row)
     # labels that the adapter has not stay masked
     assert np.isneginf(found["adapter/head/bias"]).sum() == 2
+
+
+def test_names_of_labels_are_part_of_what_the_checksum_is_of(slot_graph, tmp_path):
+    path, labels = tmp_path / "a.onnx_adapter", ("no", "yes", "☃")
+    own = {"idle_branch": slot_graph.idle_branch}
+    write_onnx_adapter(path, slot_graph.row(1), slot_graph.layout, **own, labels=labels)
+    assert read_labelled(path, slot_graph.layout, **own)[1] == labels
+    rewritten(path, lambda tensors: {**tensors, LABELS: tensors[LABELS][::-1].copy()})
+    with pytest.raises(AdapterFormatError, match="its numbers are not those that were written"):
+        read_labelled(path, slot_graph.layout, **own)
 
 
 def test_the_file_is_onnx_runtimes_own(slot_graph, file):
@@ -145,6 +155,8 @@ def _matching(slots: SlotGraph, tensors) -> int:
         (lambda t: {**t, "adapter/lambda": np.full(6, np.nan, np.float32)}, "NaN or infinity"),
         (lambda t: {**t, "adapter/lambda": np.ones(7, np.float32)}, "'adapter/lambda' is float32"),
         (lambda t: {**t, "adapter/lambda": np.ones(6, np.int32)}, "'adapter/lambda' is int32"),
+        (lambda t: {**t, LABELS: np.frombuffer(b"[1]", np.uint8).copy()}, "names of labels are no list of texts"),
+        (lambda t: {**t, LABELS: np.ones(3, np.float32)}, "names of labels are no list of texts"),
         (lambda t: {n: np.zeros(1, np.float32) if n == ACTIVE else a for n, a in t.items()}, "switch itself on"),
     ],
 )

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from deployfa.errors import EditError, InputError, RuntimeTargetError
@@ -194,3 +195,38 @@ def test_the_switch_forgotten_is_seen(slot_graph, runner, feeds):
     forgotten = plain.run({**feeds, **slot_graph.row(1)})["logits"]
     assert np.array_equal(forgotten, answer(runner, feeds, None))
     assert not np.allclose(forgotten, answer(runner, feeds, runner.load(slot_graph.row(1)))[:, :3])
+
+
+def test_names_of_labels_ride_in_the_file(slot_graph, runner, feeds, tmp_path):
+    """ONNX Runtime adds the file to the run as it is; no number depends on the names."""
+    row, layout, labels = slot_graph.row(1), slot_graph.layout, ("schlecht", "mäßig", "gut")
+    path = tmp_path / "named.onnx_adapter"
+    write_onnx_adapter(path, row, layout, idle_branch=slot_graph.idle_branch, labels=labels)
+    named, plain = runner.load(path), runner.load(written(slot_graph, tmp_path, 1))
+    assert named.labels == labels and plain.labels == ()
+    assert runner.load(path, labels=("x",)).labels == ("x",), "the caller knows better"
+    assert np.array_equal(answer(runner, feeds, named), answer(runner, feeds, plain))
+    options = ort.RunOptions()
+    lora = ort.LoraAdapter()
+    lora.Load(str(path))
+    options.add_active_adapter(lora)
+    session = ort.InferenceSession(str(slot_graph.path), providers=["CPUExecutionProvider"])
+    assert np.allclose(session.run(["logits"], feeds, options)[0][:, :3], answer(runner, feeds, named)[:, :3])
+
+
+def test_a_graph_that_takes_no_names_runs_the_file_all_the_same(slot_graph, runner, feeds, tmp_path):
+    """The runtime refuses it, so its arrays are fed: the same bits."""
+    (tmp_path / "graph").mkdir()
+    older = SlotGraph(tmp_path / "graph", idle_branch=slot_graph.idle_branch, takes_labels=False)
+    path = tmp_path / "named.onnx_adapter"
+    write_onnx_adapter(path, slot_graph.row(1), older.layout, idle_branch=older.idle_branch, labels=("a", "b", "c"))
+    options, lora = ort.RunOptions(), ort.LoraAdapter()
+    lora.Load(str(path))
+    options.add_active_adapter(lora)
+    session = ort.InferenceSession(str(older.path), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="Invalid input name: adapter_labels"):
+        session.run(None, feeds, options)
+    theirs = SlotRunner(older.path, older.layout, threads=1, spinning=False)
+    loaded = theirs.load(path)
+    assert loaded.labels == ("a", "b", "c")
+    assert np.array_equal(answer(theirs, feeds, loaded), answer(runner, feeds, runner.load(slot_graph.row(1))))
