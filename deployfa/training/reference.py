@@ -39,7 +39,8 @@ def load_adapted(base: Base, adapter: Adapter, *, dtype: torch.dtype, edits: boo
 
 
 def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Module:
-    """Hook every edit onto ``model`` and write the replaced modules over its own, in the dtype that ``model`` has.
+    """Hook every edit onto ``model`` and write the replaced modules over its own, in the dtype that ``model`` has and
+    on its device, where it must stay.
 
     Raises ``SiteError`` for a site or parameter that the model lacks, ``EditError`` for a transposed LoRA convolution.
     """
@@ -159,14 +160,14 @@ def _vector(array: Array | None, like: torch.Tensor, spatial: int, *, add: float
     if array is None:
         return None
     # added in float64 and rounded once: 1 + λ is IA3's own number, which λ alone in float32 would not give back
-    vector = (_tensor(array) + add).to(like.dtype)
+    vector = (_tensor(array) + add).to(like)
     return vector.reshape(-1, *([1] * spatial))
 
 
 def _matrices(low: LowRank | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     if low is None:
         return None
-    return _tensor(low.a).to(like.dtype), low.s * _tensor(low.b).to(like.dtype)
+    return _tensor(low.a).to(like), low.s * _tensor(low.b).to(like)
 
 
 def _tensor(array: Array) -> torch.Tensor:

@@ -163,6 +163,15 @@ def test_a_site_or_a_parameter_that_the_model_lacks_is_named() -> None:
         attach(_bert(), Adapter("vefa", {}, {"classifier": {"weight": np.ones((5, 16))}}))
 
 
+@pytest.mark.parametrize("edit", ["lam", "delta", "output_scale"])
+def test_an_edit_goes_where_the_model_is(edit: str) -> None:
+    # the meta device, like a GPU, refuses tensors of another device
+    edits = {"0": Edit(**{edit: np.ones(4, np.float32)})}
+    module = attach(nn.Sequential(nn.Linear(4, 4)).to("meta", torch.float16), Adapter("vefa", edits))
+    answer = module(torch.empty(3, 4, device="meta", dtype=torch.float16))
+    assert (answer.device.type, answer.dtype, answer.shape) == ("meta", torch.float16, (3, 4))
+
+
 def test_the_fingerprint_looks_through_adapters_and_skips_the_head() -> None:
     base = _bert()
     plain = base_fingerprint(base, without=["classifier"])
