@@ -13,7 +13,7 @@ import numpy as np
 from deployfa.edits import Array
 from deployfa.errors import MissingExtraError, RuntimeTargetError
 
-__all__ = ["Buffer", "Device", "Stream"]
+__all__ = ["Buffer", "Device", "Event", "Stream"]
 
 
 class Device:
@@ -97,6 +97,34 @@ class Stream:
     def close(self) -> None:
         if self.handle is not None:
             self._device.call(self._device.runtime.cudaStreamDestroy, self.handle)
+            self.handle = None
+
+
+class Event:
+    """A moment in a stream, by the GPU's own clock (about half a microsecond); closed by ``close``.
+
+    Source: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__EVENT.html
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.handle = device.call(device.runtime.cudaEventCreate)
+
+    def record(self, stream: Stream) -> None:
+        """This moment comes when everything that is in ``stream`` now is done."""
+        self._device.call(self._device.runtime.cudaEventRecord, self.handle, stream.handle)
+
+    def wait(self) -> None:
+        """Until the moment has come; raises what failed before it."""
+        self._device.call(self._device.runtime.cudaEventSynchronize, self.handle)
+
+    def elapsed_ms(self, start: Event) -> float:
+        """From ``start`` to this event, in milliseconds; both must have come."""
+        return float(self._device.call(self._device.runtime.cudaEventElapsedTime, start.handle, self.handle))
+
+    def close(self) -> None:
+        if self.handle is not None:
+            self._device.call(self._device.runtime.cudaEventDestroy, self.handle)
             self.handle = None
 
 
