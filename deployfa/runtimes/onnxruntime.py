@@ -36,6 +36,7 @@ class OnnxRuntimeRunner:
     ``deployfa.runtimes.initializers``); the graph must be a path.  bound: inputs that every run gets the same arrays
     for (tables of adapters), which stay where they are and are not among ``inputs``; ``bind`` changes them.
     trusted_sha256: of a graph that holds compiled engines (``deployfa.runtimes.context``), which are code.
+    provider_options: the provider's own, such as CUDA's ``user_compute_stream``.
 
     Raises ``InputError`` when there is no such file, ``MissingExtraError`` without onnxruntime, and
     ``RuntimeTargetError`` when the graph does not load, the session did not get its provider, or a node fell back from
@@ -53,6 +54,7 @@ class OnnxRuntimeRunner:
         initializers: Mapping[str, Array] | None = None,
         bound: Mapping[str, Array] | None = None,
         trusted_sha256: str | None = None,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         ort = _import_onnxruntime()
         source: str | bytes = model if isinstance(model, bytes) else str(model)
@@ -60,7 +62,7 @@ class OnnxRuntimeRunner:
             raise InputError(f"no graph at '{source}'; pass an .onnx file")
         shown = "the graph" if isinstance(source, bytes) else f"'{source}'"
         options = _session_options(ort, threads=threads, spinning=spinning, optimize=optimize)
-        asked = attach(ort, options, provider)
+        asked = attach(ort, options, provider, provider_options)
         if provider != CPU:
             # the CPU's provider loads no engines, and nothing falls back from it
             check_trusted(model, trusted_sha256)

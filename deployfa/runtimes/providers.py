@@ -79,22 +79,23 @@ def provider_of(name: str) -> tuple[str, Provider] | None:
     return next(((target, each) for target, each in PROVIDERS.items() if each.name == name), None)
 
 
-def attach(ort: Any, options: Any, name: str) -> Asked:
-    """Ask for provider ``name`` and no other.
+def attach(ort: Any, options: Any, name: str, given: Mapping[str, str] | None = None) -> Asked:
+    """Ask for provider ``name`` and no other; ``given``: options of its own, besides those that it always gets.
 
     Raises ``MissingExtraError`` for a plug-in that is not installed, and ``RuntimeTargetError`` for a provider that is
     not in this onnxruntime or whose library does not load, and where there is no device for it.
     """
     target, known = provider_of(name) or ("", Provider(name, ""))
+    chosen = {**known.options, **(given or {})}
     if known.plugin is not None:
         _register(target)
     elif name in ort.get_available_providers():
         missing = _preload(ort, known) if name != CPU else ()
-        return Asked({"providers": [name], "provider_options": [dict(known.options)], "enable_fallback": 0}, missing)
+        return Asked({"providers": [name], "provider_options": [chosen], "enable_fallback": 0}, missing)
     # some builds of onnxruntime-gpu carry CUDA's provider as a plug-in, which they register themselves
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if devices:
-        options.add_provider_for_devices(devices[:1], dict(known.options))
+        options.add_provider_for_devices(devices[:1], chosen)
         return Asked({"enable_fallback": 0})
     if known.plugin is not None:
         raise RuntimeTargetError(

@@ -163,6 +163,8 @@ def test_what_a_build_prints_while_it_looks_for_libraries_stays_out_of_our_outpu
     assert asked.missing == ("libcublas.so.13",)
     assert asked.arguments["provider_options"] == [{"use_tf32": "0"}]
     assert capsys.readouterr().out == ""
+    more = attach(ort, ort.SessionOptions(), "CUDAExecutionProvider", {"user_compute_stream": "7"})
+    assert more.arguments["provider_options"] == [{"use_tf32": "0", "user_compute_stream": "7"}]
 
 
 def test_compiling_where_the_provider_cannot_be_had_writes_nothing(linear: Path, tmp_path: Path) -> None:
