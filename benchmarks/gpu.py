@@ -96,6 +96,7 @@ def inference(scratch: Path, device: Device, options: Any) -> dict[str, Any]:
     forms = make_forms(scratch, options.method, status=_say)
     chosen = [each for each in make_plan(probe_all()) if each.precision in (options.precision or PRECISIONS)]
     report: dict[str, Any] = {"method": options.method, "results": [], "not_run": []}
+    timed = partial(time_on_gpu, start=Event(device), end=Event(device))
     for precision in dict.fromkeys(each.precision for each in chosen):
         with contextlib.ExitStack() as stack:
             plan = [each for each in chosen if each.precision == precision]
@@ -108,7 +109,7 @@ def inference(scratch: Path, device: Device, options: Any) -> dict[str, Any]:
             report["not_run"] += refused
             of_pytorch = pytorch_errors(forms, precision)
             for shape in SHAPES:
-                results, refused = one_shape(plan, running, forms, shape, device, of_pytorch, options)
+                results, refused = one_shape(plan, running, forms, shape, timed, of_pytorch, options)
                 report["results"] += results
                 report["not_run"] += refused
     return report
@@ -165,17 +166,19 @@ def one_shape(
     running: Mapping[Planned, Running],
     forms: Mapping[str, Form],
     shape: Shape,
-    device: Device,
+    timed: Callable[[Running], float],
     of_pytorch: Callable[[Form, Batches], float],
     options: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Results of all that answer rightly at ``shape``, and those that do not, or fail."""
+    """Results of all that answer rightly at ``shape``, and those that do not, or fail.
+
+    timed: milliseconds of one ``launch`` of a contender on its device.
+    """
     _say(f"{shape.batch}x{shape.sequence}: holding answers against the reference")
     asked = {name: batches(rows_of(form.bundle), shape) for name, form in forms.items()}
     errors: dict[Planned, dict[str, float]] = {}
     refused: list[dict[str, Any]] = []
     allowed = {name: of_pytorch(form, asked[name]) for name, form in forms.items()}
-    start, end = Event(device), Event(device)
     ways: dict[str, Callable[[], tuple[float, float]]] = {}
     for planned, one in running.items():
         form = forms[planned.form]
@@ -184,7 +187,7 @@ def one_shape(
             if why is None:
                 feeds = feeds_of(form, text_feeds(shape.batch, shape.sequence))
                 one.upload(feeds)
-                ways[planned.label] = partial(sample, one, feeds, start, end)
+                ways[planned.label] = partial(sample, one, feeds, timed)
                 errors[planned] = found
         except Exception as error:  # as in open_all
             why = first_line(error)
@@ -199,8 +202,6 @@ def one_shape(
     for row in summary(rounds.samples, references):
         planned = by_label[row.pop("contender")]
         results.append({**_named(planned, shape), **errors[planned], **row})
-    start.close()
-    end.close()
     return results, refused
 
 
@@ -211,9 +212,9 @@ def ratios_of(planned: Planned) -> tuple[str | None, str | None]:
     return (None if planned.label == eager else eager), (None if planned.form == FOLDED else folded)
 
 
-def sample(one: Running, feeds: Mapping[str, Array], start: Event, end: Event) -> tuple[float, float]:
-    """One forward by the GPU's clock, and another by the host's."""
-    on_gpu = time_on_gpu(one, start, end)
+def sample(one: Running, feeds: Mapping[str, Array], timed: Callable[[Running], float]) -> tuple[float, float]:
+    """One forward by the device's clock, and another by the host's."""
+    on_gpu = timed(one)
     begin = time.perf_counter()
     one.answer(feeds)
     return on_gpu, 1e3 * (time.perf_counter() - begin)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gpu import held, open_all, pytorch_errors
+from gpu import held, one_shape, open_all, pytorch_errors
 from gpu_contenders import OrtSession, TorchModel, compiled, per_adapter
 from gpu_forms import ADAPTER_IDS, Form, Graph, build_engine, feeds_of, make_forms, pytorch_model, typed_graph
 from gpu_plan import FORMS, PRECISIONS, SYSTEMS, Planned, make_plan, probe_all, what_is_missing
@@ -168,6 +170,37 @@ def test_a_session_answers_and_launches_the_same_and_what_is_wrong_is_seen(form:
     dead = dataclasses.replace(graph, bound={**graph.bound, "adapter/lambda": 0 * graph.bound["adapter/lambda"]})
     assert held(planned, OrtSession("onnxruntime-cpu", dead, None), form, asked, of_pytorch)[1] is not None
     assert asked.error(lambda feeds: np.full((3, 2), np.nan)) == float("inf")
+
+
+def test_at_a_shape_the_right_are_timed_and_the_wrong_are_listed(form: Form, graph: Graph) -> None:
+    right, dead, fails = (Planned(system, "mixed", "fp32") for system in list(SYSTEMS)[3:6])
+    silent = dataclasses.replace(graph, bound={**graph.bound, "adapter/lambda": 0 * graph.bound["adapter/lambda"]})
+    running = {
+        right: OrtSession("onnxruntime-cpu", graph, None),
+        dead: OrtSession("onnxruntime-cpu", silent, None),
+        fails: OrtSession("onnxruntime-cpu", graph, None),
+    }
+    launches = 0
+
+    def timed(one: Any) -> float:
+        nonlocal launches
+        launches += 1
+        if one is running[fails] and launches > 20:
+            raise MemoryError("no more")
+        begin = time.perf_counter()
+        one.launch()
+        return 1e3 * (time.perf_counter() - begin)
+
+    options = argparse.Namespace(samples=15, seconds=60.0, warm=0.0)
+    forms = {"mixed": form}
+    found, refused = one_shape(list(running), running, forms, SHAPE, timed, pytorch_errors(forms, "fp32"), options)
+    (row,) = found
+    assert (row["system"], row["batch"], row["sequence"], row["samples"]) == (right.system, 3, 32, 15)
+    assert 0 < row["gpu_p50_ms"] and 0 < row["wall_p50_ms"] and 0 < row["error"] <= row["error_limit"]
+    assert [(each["system"], each["batch"]) for each in refused] == [(dead.system, 3), (fails.system, 3)]
+    assert (
+        "differ from the float64 reference" in refused[0]["reason"] and refused[1]["reason"] == "MemoryError: no more"
+    )
 
 
 def test_16_bits_are_allowed_three_times_what_pytorch_loses(form: Form) -> None:
