@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from gpu_forms import ADAPTER_IDS, Form, Graph, build_engine, pytorch_model, typed_graph
+from gpu_forms import ADAPTER_IDS, Form, Graph, build_engine, own_slots, pytorch_model, typed_graph
 from gpu_plan import Planned
 
 from deployfa.bench import Shape
+from deployfa.bundle.open_engine import open_engine
 from deployfa.edits import Array
-from deployfa.engines import open_engine
 from deployfa.runtimes.providers import PROVIDERS
 from deployfa.runtimes.targets import open_onnxruntime
 from deployfa.runtimes.tensorrt.device import Device, Event, Stream
@@ -183,6 +183,8 @@ class Engine:
 
     def __init__(self, form: Form, target: str, name: str, *, cuda_graphs: bool) -> None:
         self._runner = open_engine(form.bundle, target, name=name, cuda_graphs=cuda_graphs)
+        # empty until then
+        self._runner.bind(own_slots(form.bundle))
         self._output = self._runner.outputs[0].name
         self._names = [spec.name for spec in self._runner.inputs]
 

@@ -40,7 +40,17 @@ from deployfa.unfused import unfused
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ADAPTER_IDS", "Form", "Graph", "build_engine", "feeds_of", "make_forms", "pytorch_model", "typed_graph"]
+__all__ = [
+    "ADAPTER_IDS",
+    "Form",
+    "Graph",
+    "build_engine",
+    "feeds_of",
+    "make_forms",
+    "own_slots",
+    "pytorch_model",
+    "typed_graph",
+]
 
 ADAPTER_IDS = "adapter_ids"
 
@@ -98,7 +108,7 @@ def typed_graph(form: Form, precision: str, folder: Path, *, fusion: str = "none
     plain = unfused(form.bundle)
     for number, node in enumerate(plain.model.graph):
         node.name = node.name or f"{node.op_type}_{number}"
-    bound = {**plain.defaults, **_own_slots(form.bundle)}
+    bound = {**plain.defaults, **own_slots(form.bundle)}
     bound = {name: bound[name] for name in plain.defaults}
     model = lower(plain.model, precision, _judge(form.bundle, bound)).model
     folder.mkdir(parents=True)
@@ -166,7 +176,8 @@ def feeds_of(form: Form, feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {**feeds, ADAPTER_IDS: np.resize(np.array(list(form.adapters), np.int64), rows)}
 
 
-def _own_slots(bundle: Bundle) -> dict[str, Array]:
+def own_slots(bundle: Bundle) -> dict[str, Array]:
+    """The adapter that a bundle with slots came with, as inputs; of any other bundle nothing."""
     slots = bundle.manifest.slots
     if slots is None:
         return {}
