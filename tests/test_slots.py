@@ -41,6 +41,7 @@ from deployfa.pipeline import export, fused_base
 from deployfa.predict import Predictor
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from deployfa.slots import export_slots, other_in_slots, slot_adapter, slot_row, write_slot
+from deployfa.unfused import unfused
 
 #: Enough that the ratio of two noises settles; all of them take 10 s longer a bundle.
 ROWS = [Row(text=text) for text in SENTENCES[:40]]
@@ -105,6 +106,17 @@ def test_a_bundle_holds_what_a_swap_needs(made: dict[str, Path], trained: dict[s
         "adapter_labels",
         *(["adapter_active"] if slots.idle_branch else []),
     }
+
+
+@pytest.mark.parametrize("name", ["vefa", "lora", "plain"])
+def test_a_graph_for_another_runtime_takes_no_names_of_labels(made: dict[str, Path], name: str) -> None:
+    """An input that nothing reads would want a size in every engine."""
+    bundle = Bundle.open(made[name])
+    assert "adapter_labels" in {tensor.name for tensor in bundle.manifest.graph.inputs}
+    plain = unfused(bundle)
+    inputs = {value.name for value in plain.model.graph.inputs}
+    assert {"adapter_strength", *slots_of(bundle).layout.shapes()} <= inputs
+    assert "adapter_labels" not in inputs | plain.defaults.keys()
 
 
 def test_the_two_branches_share_their_weights_on_disk(made: dict[str, Path], bundles: dict[str, Path]) -> None:
