@@ -164,6 +164,48 @@ def bundles(shared: Path, trained: dict[str, Path]) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def slot_bundles(shared: Path, trained: dict[str, Path]) -> dict[str, Path]:
+    """With slots: ``vefa``, room for four labels, fused; ``lora``, unfused; ``plain``, VeFA without an idle branch.
+
+    Do not write into them, copy first.
+    """
+    from deployfa.adapter import Adapter
+    from deployfa.data import Row
+    from deployfa.parity.cases import SENTENCES
+    from deployfa.slots import export_slots
+
+    options = {
+        "vefa": {"optimize": "ort", "max_labels": 4},
+        "lora": {"optimize": "none"},
+        "plain": {"optimize": "onnxscript", "idle_branch": False, "max_labels": 3},
+    }
+    found = {name: shared / f"slots-{name}" for name in options}
+    # enough that the ratio of two noises settles; all of the built-in ones take 10 s longer a bundle
+    rows = [Row(text=text) for text in SENTENCES[:40]]
+    with FileLock(shared / "slots.lock"):
+        for name, given in options.items():
+            if not found[name].is_dir():
+                adapter = Adapter.load(trained["vefa" if name == "plain" else name])
+                export_slots(adapter, found[name], rows=rows, **given)
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(shared: Path, bundles: dict[str, Path]) -> Path:
+    """The folded bundle with an engine of TensorRT for RTX in it; do not write into it, copy first."""
+    from deployfa.bundle import Bundle
+    from deployfa.compile import compile_bundle
+
+    path = shared / "compiled"
+    with FileLock(shared / "compiled.lock"):
+        if not path.is_dir():
+            partial = Path(shutil.copytree(bundles["folded"], shared / "compiled.partial", dirs_exist_ok=True))
+            compile_bundle(Bundle.open(partial), "tensorrt-rtx", compute_capabilities=["8.9"], force=True)
+            partial.rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """``cli("inspect", path)`` → the finished process; ``cwd`` and ``env`` as for subprocess."""
 

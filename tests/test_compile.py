@@ -32,6 +32,7 @@ from deployfa.errors import (
 from deployfa.graph.storage import load_graph, save_graph
 from deployfa.pack import pack
 from deployfa.pipeline import export
+from deployfa.predict import Predictor
 from deployfa.runtimes.tensorrt import Sizes
 from deployfa.slots import export_slots
 from deployfa.unfused import unfused
@@ -159,13 +160,16 @@ class TestProof:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        with pytest.raises(BundleError, match="sha256 differs"):
-            Bundle.open(bundle.path)
-        with pytest.raises(BundleError, match=r"is not loaded; build it again: deployfa compile .* --force"):
-            open_engine(bundle, RTX)
+        message = r"sha256 differs\) and is not loaded; build it again: deployfa compile .* --force"
+        with pytest.raises(BundleError, match=message):
+            open_engine(Bundle.open(bundle.path), RTX)
         file.unlink()
         with pytest.raises(BundleError, match=r"is missing and is not loaded; build it again"):
-            open_engine(bundle, RTX)
+            open_engine(Bundle.open(bundle.path), RTX)
+        # the graph runs all the same, and what the message says to type works
+        assert Predictor(Bundle.open(bundle.path)).logits(["A joy."]).shape == (1, 2)
+        again = compile_bundle(Bundle.open(bundle.path), RTX, force=True).engine
+        assert read_engine(Bundle.open(bundle.path), again) and again.sha256 == engine.sha256
 
     def test_an_engine_outside_is_refused(self, bundle: Bundle) -> None:
         import msgspec

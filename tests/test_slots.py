@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from filelock import FileLock
 
 from deployfa.adapter import Adapter
 from deployfa.bundle import Bundle
@@ -49,20 +48,8 @@ TEXTS = ["A joy from start to finish.", "It broke after 3 days.", "ok"]
 
 
 @pytest.fixture(scope="module")
-def made(shared: Path, trained: dict[str, Path]) -> dict[str, Path]:
-    """``vefa``: room for four labels, fused; ``lora``: unfused; ``plain``: VeFA without an idle branch."""
-    options = {
-        "vefa": {"optimize": "ort", "max_labels": 4},
-        "lora": {"optimize": "none"},
-        "plain": {"optimize": "onnxscript", "idle_branch": False, "max_labels": 3},
-    }
-    found = {name: shared / f"slots-{name}" for name in options}
-    with FileLock(shared / "slots.lock"):
-        for name, given in options.items():
-            if not found[name].is_dir():
-                adapter = Adapter.load(trained["vefa" if name == "plain" else name])
-                export_slots(adapter, found[name], rows=ROWS, **given)
-    return found
+def made(slot_bundles: dict[str, Path]) -> dict[str, Path]:
+    return slot_bundles
 
 
 def edited(adapter: Adapter, seed: int, *, labels: int = 2) -> Adapter:

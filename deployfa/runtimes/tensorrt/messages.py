@@ -110,5 +110,5 @@ def _tidy(text: str) -> str:
     line = " ".join(text.split())
     line = re.sub(r"^(\[[^\]]*\]\s*)+", "", line)
     line = re.sub(r"^I\w+::\w+: |^Error Code \d+: ", "", re.sub(r"^I\w+::\w+: ", "", line))
-    line = re.sub(r"\[\w+\.\w+:\d+: [^\]]+\] |\.? +In \w+ at /[^\s)]+", "", line).strip().rstrip(".")
+    line = re.sub(r"\[\w+\.\w+:\d+: [^\]]+\] |\w+\.cpp:\d+: |\.? +In \w+ at /[^\s)]+", "", line).strip().rstrip(".")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -1,127 +1,153 @@
-"""Engines of graphs, each built by the real library in its own process; no GPU is needed."""
+"""A builder beside this process: stopped at once, and whatever becomes of it, here it is one error."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
+import errno
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx_ir as ir
+import msgspec
+import psutil
 import pytest
-import torch
-import transformers as tf
-from architectures import ARCHITECTURES
 
-from deployfa.compile import _named, _signature
-from deployfa.errors import RuntimeTargetError
-from deployfa.graph.storage import load_graph, save_graph
-from deployfa.runtimes.tensorrt import BuildRequest, Built, Sizes, build_engine
-from deployfa.runtimes.tensorrt.profiles import dimensions
+from deployfa.atomic import write_file
+from deployfa.errors import DeployfaError, InputError, RuntimeTargetError, StorageError
+from deployfa.runtimes.tensorrt import BuildRequest, build_engine
+from deployfa.runtimes.tensorrt.builder import build
 
-RTX = "tensorrt-rtx"
+from .small import after_a_layer, small_request
 
 
-def build(model: ir.Model, folder: Path, **options: Any) -> tuple[Built, Path, list[float]]:
-    """Every dynamic dimension from 1 to 8, tuned for 4."""
-    inputs = _signature(model.graph.inputs)
-    request = BuildRequest(
-        target=RTX,
-        graph=str(save_graph(model, folder)),
-        inputs=inputs,
-        nodes=_named(model),
-        profile={name: Sizes(1, 4, 8) for name in dimensions(inputs)},
-        **options,
+@pytest.fixture
+def request_(tmp_path: Path) -> BuildRequest:
+    return small_request(tmp_path)
+
+
+def builders(of: psutil.Process | None = None) -> list[psutil.Process]:
+    """The builder's processes under this one."""
+    found = []
+    for process in (of or psutil.Process()).children(recursive=True):
+        try:
+            if "deployfa.runtimes.tensorrt.process" in process.cmdline():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def during(act: Callable[[psutil.Process], None]) -> threading.Thread:
+    """``act`` on the builder as soon as there is one."""
+
+    def wait() -> None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for process in builders():
+                act(process)
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_it_builds_what_the_library_builds_here(request_: BuildRequest, tmp_path: Path) -> None:
+    """And the library's own words on standard output do not disturb the answers."""
+    built = build_engine(request_, tmp_path / "beside")
+    assert (tmp_path / "beside").stat().st_size == built.bytes > 1000
+    code = (
+        "import sys, msgspec, pathlib; from deployfa.runtimes.tensorrt.builder import *;"
+        "built = build(msgspec.json.decode(sys.argv[1], type=BuildRequest), pathlib.Path(sys.argv[2]));"
+        "print(msgspec.json.encode(built).decode())"
     )
-    shares: list[float] = []
-    out = folder / "engine"
-    return build_engine(request, out, shares.append), out, shares
+    command = [sys.executable, "-c", code, msgspec.json.encode(request_).decode(), str(tmp_path / "here")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    alone = msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=type(built))
+    assert msgspec.structs.replace(alone, seconds=built.seconds) == built
+    assert build.__doc__ and not builders()
 
 
-def check(built: Built, out: Path, shares: list[float]) -> None:
-    assert out.stat().st_size == built.bytes > 10_000
-    assert built.layer_types["float"] > 10
-    assert built.compute_capabilities == ["8.0", "8.6", "8.9", "12.0", "12.1"]
-    assert shares == sorted(shares), "a bar that goes back is none"
-    assert 0 < shares[0] < 0.5 and shares[-1] == 1.0
-
-
-def exported(model: Any, feeds: dict[str, torch.Tensor], **options: Any) -> dict[str, ir.Model]:
-    from transformers.exporters import OnnxConfig, OnnxExporter
-
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        found = OnnxExporter().export_for_generation(
-            model, feeds, OnnxConfig(dynamic=True), multi_token_decode=True, **options
-        )
-    return {name: component.program for name, component in found.components.items()}
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> dict[str, ir.Model]:
-    torch.manual_seed(0)
-    config = tf.GPT2Config(
-        vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=99, eos_token_id=99
-    )
-    ids = torch.randint(0, 99, (2, 5))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    return exported(tf.GPT2LMHeadModel(config).eval(), {"input_ids": ids, "attention_mask": mask})
-
-
-@pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_gpt2_generates(gpt2: dict[str, ir.Model], tmp_path: Path, part: str) -> None:
-    model = gpt2[part].clone()
-    names = [value.name for value in model.graph.inputs]
-    assert any("past_key_values" in str(name) for name in names) is (part == "decode")
-    check(*build(model, tmp_path))
-
-
-@pytest.mark.parametrize("name", ["ViT", "EfficientNet-Lite0 (real weights)"])
-def test_pictures(tmp_path: Path, name: str) -> None:
-    architecture = ARCHITECTURES[name]
-    feeds = {key: torch.from_numpy(np.asarray(array)) for key, array in architecture.feeds(2).items()}
-    dynamic = {
-        key: {axis: torch.export.Dim(dim) for axis, dim in axes.items()} for key, axes in architecture.dynamic.items()
-    }
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(architecture.model(), (), kwargs=feeds, dynamic_shapes=dynamic, dynamo=True)
-    assert program is not None
-    check(*build(program.model, tmp_path))
-
-
-def unsupported() -> ir.Model:
-    """``Unique`` answers as many numbers as there are, which an engine cannot know."""
-    x = ir.Value(name="x", shape=ir.Shape(["batch", 4]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.Node("", "Unique", [x], num_outputs=1, name="odd")
-    node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'encoder.pick', 'unique']"
-    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    node.outputs[0].shape = ir.Shape(["found"])
-    return ir.Model(ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 20}, name="g"), ir_version=10)
-
-
-def test_an_operator_that_it_does_not_take_is_named_with_its_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
+def test_a_crash_is_one_line(ending: signal.Signals, request_: BuildRequest, tmp_path: Path) -> None:
+    thread = during(lambda process: process.send_signal(ending))
     with pytest.raises(RuntimeTargetError) as caught:
-        build(unsupported(), tmp_path)
-    message = str(caught.value)
-    assert "node 'odd' (Unique, module 'encoder.pick')" in message
-    assert "; deploy this bundle with onnxruntime" in message and "\n" not in message
-    assert not (tmp_path / "engine").exists()
+        build_engine(request_, tmp_path / "engine")
+    thread.join()
+    text = str(caught.value)
+    assert text.startswith(f"tensorrt-rtx crashed while it built the engine ({ending.name}")
+    assert text.endswith("try another --precision, or another version of the library")
+    assert "\n" not in text
+    assert not (tmp_path / "engine").exists() and not builders()
 
 
-@pytest.mark.parametrize("damage", ["graph", "weights"])
-def test_a_corrupted_graph_is_one_line(gpt2: dict[str, ir.Model], tmp_path: Path, damage: str) -> None:
-    path = save_graph(gpt2["prefill"], tmp_path)
-    inputs = _signature(load_graph(path).graph.inputs)
-    broken = path if damage == "graph" else Path(f"{path}.data")
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    request = BuildRequest(
-        target=RTX, graph=str(path), inputs=inputs, profile={name: Sizes(1, 4, 8) for name in dimensions(inputs)}
-    )
-    with pytest.raises(RuntimeTargetError) as caught:
+def test_an_error_that_nobody_foresaw_is_one_line_too(request_: BuildRequest, tmp_path: Path) -> None:
+    request = msgspec.structs.replace(request_, workspace_bytes=-1)
+    with pytest.raises(RuntimeTargetError, match=r"crashed while it built the engine \(exit status 1: ") as caught:
         build_engine(request, tmp_path / "engine")
-    assert "tensorrt-rtx" in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_ends_it_at_once(request_: BuildRequest, tmp_path: Path) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(request_, tmp_path / "engine", interrupt)
+    assert not builders() and not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_with_the_process_that_asked(ending: signal.Signals, request_: BuildRequest, tmp_path: Path) -> None:
+    """However that one ends: nobody is left who would take the engine."""
+    code = (
+        "import sys, msgspec, pathlib; from deployfa.runtimes.tensorrt import BuildRequest, build_engine;"
+        "build_engine(msgspec.json.decode(sys.argv[1], type=BuildRequest), pathlib.Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, msgspec.json.encode(request_).decode(), str(tmp_path / "engine")]
+    with subprocess.Popen(command) as asking:
+        end = time.monotonic() + 30
+        while not (found := builders(psutil.Process(asking.pid))) and time.monotonic() < end:
+            time.sleep(0.001)
+        (builder,) = found
+        builder.suspend()  # so that it is not done before
+        asking.send_signal(ending)
+        asking.wait()
+    builder.resume()
+    builder.wait(timeout=30)
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_is_full(request_: BuildRequest, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        build_engine(request_, Path("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
+    # as compile does it
+    with pytest.raises(StorageError, match="no space left to write"), write_file(tmp_path / "engine") as partial:
+        partial.symlink_to("/dev/full")
+        build_engine(request_, partial)
+    assert not any(path.name.startswith((".engine", "engine")) for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there(request_: BuildRequest, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        build_engine(request_, tmp_path / "none" / "engine")
+
+
+def test_errors_keep_their_kind(tmp_path: Path) -> None:
+    """The command line, and callers, tell a wrong option from a graph that is not taken."""
+    with pytest.raises(InputError, match="no sizes for dimension 'batch'; pass --profile batch=MIN,OPT,MAX"):
+        build_engine(small_request(tmp_path, profile={}), tmp_path / "engine")
+    with pytest.raises(RuntimeTargetError, match="does not take node 'the Det'"):
+        build_engine(small_request(tmp_path, after_a_layer("Det")), tmp_path / "engine")
+    if importlib.util.find_spec("tensorrt") is None:
+        with pytest.raises(DeployfaError, match=r"not installed; run: pip install 'deployfa\[tensorrt\]'"):
+            build_engine(small_request(tmp_path, target="tensorrt"), tmp_path / "engine")
+    assert os.listdir(tmp_path) and not (tmp_path / "engine").exists()
