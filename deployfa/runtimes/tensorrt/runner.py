@@ -138,6 +138,8 @@ class EngineRunner:
         with self._lock:
             # what the last run was fed in the place of a default gives way to it again
             back = {name: self._defaults[name] for name in self._fed - set(fed)}
+            # noted before: a copy that fails half-way must not leave another's adapter for the next run
+            self._fed |= set(fed) & set(self._defaults)
             held = [self._upload(name, array) for name, array in (*back.items(), *fed.items())]
             self._fed = set(fed) & set(self._defaults)
             self._execute()
