@@ -19,13 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from deployfa.errors import InputError
 from deployfa.graph.precision_casts import lower
 from deployfa.graph.precision_rules import Reasons
-from deployfa.graph.precision_types import LOW, Precision, check_typed, infer_types
+from deployfa.graph.precision_types import LOW, Precision, check_typed, infer_types, is_float
 
 __all__ = ["Kept", "OperatorRow", "Precision", "Typed", "check_typed", "type_graph"]
 
@@ -92,7 +93,7 @@ def type_graph(model: ir.Model, precision: Precision, *, force_low: frozenset[st
     if result.functions:
         passes.InlinePass()(result)
     infer_types(result)
-    _tidy_casts(result)
+    _tidy(result)
     if precision == "bf16":
         _raise_opset(result)
     nodes = list(result.graph.all_nodes())
@@ -100,7 +101,7 @@ def type_graph(model: ir.Model, precision: Precision, *, force_low: frozenset[st
     lowered = Counter(node.op_type for node in reasons.low)
     kept = {op_type: _kept(op_type, reasons) for op_type in {node.op_type for node in reasons.kept}}
     lower(result, reasons, low)
-    check_typed(result)
+    check_typed(result, source=model)
     return Typed(result, precision, dict(sorted(lowered.items())), dict(sorted(kept.items())))
 
 
@@ -109,25 +110,43 @@ def _kept(op_type: str, reasons: Reasons) -> Kept:
     return Kept(counted.total(), "; ".join(reason for reason, _ in counted.most_common()))
 
 
-def _tidy_casts(model: ir.Model) -> None:
-    """Say CastLike's type, and leave out casts from float32 to itself."""
+def _tidy(model: ir.Model) -> None:
+    """Store constants as weights, say CastLike's type, and leave out casts that cast nothing."""
     for graph in list(model.graphs()):
         for node in list(graph):
-            if node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
-                cast = ir.node("Cast", [node.inputs[0]], attributes={"to": int(node.inputs[1].dtype)}, name=node.name)
-                cast.metadata_props.update(node.metadata_props)
-                old, made = node.outputs[0], cast.outputs[0]
-                made.type, made.shape = old.type, old.shape
-                graph.insert_after(node, cast)
-                old.replace_all_uses_with(made, replace_graph_outputs=True)
-                graph.remove(node, safe=True)
-                made.name = old.name
-                node = cast
-            source = node.inputs[0] if node.op_type == "Cast" else None
-            if source is None or source.dtype != node.outputs[0].dtype or node.outputs[0].is_graph_output():
+            output = node.outputs[0] if node.outputs else None
+            if output is None or output.is_graph_output():
                 continue
-            node.outputs[0].replace_all_uses_with(source)
-            graph.remove(node, safe=True)
+            if node.op_type == "Constant" and is_float(output):
+                _store(graph, node)
+            elif node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
+                _say_type(graph, node, node.inputs[1].dtype)
+            elif node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == output.dtype:
+                output.replace_all_uses_with(node.inputs[0])
+                graph.remove(node, safe=True)
+
+
+def _store(graph: ir.Graph, node: ir.Node) -> None:
+    (output,) = node.outputs
+    ((name, attribute),) = node.attributes.items()
+    array = attribute.as_tensor().numpy() if name == "value" else np.asarray(attribute.value, np.float32)
+    tensor = ir.tensor(array, name=output.name)
+    shape = ir.Shape(array.shape)
+    value = ir.Value(name=output.name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)
+    graph.register_initializer(value)
+
+
+def _say_type(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
+    cast = ir.node("Cast", [node.inputs[0]], attributes={"to": int(dtype)}, name=node.name)
+    cast.metadata_props.update(node.metadata_props)
+    old, made = node.outputs[0], cast.outputs[0]
+    made.type, made.shape = old.type, old.shape
+    graph.insert_after(node, cast)
+    old.replace_all_uses_with(made)
+    graph.remove(node, safe=True)
+    made.name = old.name
 
 
 def _raise_opset(model: ir.Model) -> None:

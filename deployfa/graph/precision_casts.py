@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from deployfa.graph.precision_numbers import rounded, rounded_tensor
+from deployfa.graph.precision_numbers import rounded, rounded_tensor, stored
 from deployfa.graph.precision_rules import IGNORED, Reasons
 from deployfa.graph.precision_types import FLOAT, is_float
-from deployfa.graph.views import constant, tensor_shape
+from deployfa.graph.views import tensor_shape
 
 __all__ = ["lower"]
 
@@ -75,6 +75,7 @@ class _Lowering:
     def feed(self, node: ir.Node, graph: ir.Graph) -> None:
         """Every floating-point input of ``node`` in the type that it takes."""
         if node.op_type in IGNORED:
+            self._leave_out(node, graph)
             return
         slots = self._reasons.slots.get(node) if node in self._nodes else None
         for index, value in enumerate(node.inputs):
@@ -83,6 +84,14 @@ class _Lowering:
             wanted = self._low if slots is not None and index in slots.inputs else FLOAT
             if value.dtype != wanted:
                 node.replace_input_with(index, self._as_type(value, wanted, graph))
+
+    @staticmethod
+    def _leave_out(node: ir.Node, graph: ir.Graph) -> None:
+        """A cast to what its input has become."""
+        source, made = node.inputs[0], node.outputs[0]
+        if node.op_type == "Cast" and source is not None and source.dtype == made.dtype and not made.is_graph_output():
+            made.replace_all_uses_with(source)
+            graph.remove(node, safe=True)
 
     def answer(self, graph: ir.Graph) -> None:
         """Outputs keep their types and names."""
@@ -97,14 +106,11 @@ class _Lowering:
 
     def clean(self) -> None:
         """Leave out what nobody reads any more; a weight that is stored in the lower type only keeps its name."""
-        for stored, lowered in self._weights.items():
-            if stored.uses() or stored.is_graph_output():
+        for whole, lowered in self._weights.items():
+            owner, name = whole.graph, whole.name
+            if whole.uses() or whole.is_graph_output() or owner is None or name is None:
                 continue
-            maker, name = stored.producer(), stored.name
-            if maker is not None and maker.graph is not None:
-                maker.graph.remove(maker, safe=True)
-            elif stored.graph is not None and name:
-                del stored.graph.initializers[name]
+            del owner.initializers[name]
             lowered.name = name
         for graph in self.around:
             for node in reversed(list(graph)):
@@ -113,11 +119,11 @@ class _Lowering:
                     graph.remove(node, safe=True)
 
     def _as_type(self, value: ir.Value, wanted: ir.DataType, graph: ir.Graph) -> ir.Value:
-        tensor = constant(value)
+        tensor = stored(value)
         if tensor is not None:
             # only ever asked for lower: what is stored is stored in float32
             if value not in self._weights:
-                self._weights[value] = self._stored(value, tensor, graph)
+                self._weights[value] = self._stored(value, tensor)
             return self._weights[value]
         maker = value.producer()
         if maker is not None and maker.op_type == "Cast" and maker.inputs[0] is not None:
@@ -144,17 +150,16 @@ class _Lowering:
         self._made[value, wanted, graph] = made
         return made
 
-    def _stored(self, value: ir.Value, tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
+    def _stored(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         """A weight in the lower type, where the weight is."""
-        maker = value.producer()
-        owner = value.graph if maker is None else maker.graph
         tensor = rounded_tensor(tensor, self._low)
         tensor.name = self._free(f"{value.name}/{self._low.name.lower()}")
         made = ir.Value(
             name=tensor.name, const_value=tensor, shape=ir.Shape(tensor_shape(tensor)), type=ir.TensorType(self._low),
             metadata_props=dict(value.metadata_props),
         )  # fmt: skip
-        (owner if isinstance(owner, ir.Graph) else graph).register_initializer(made)
+        assert value.graph is not None  # an initializer is one of a graph's
+        value.graph.register_initializer(made)
         return made
 
     def _free(self, name: str) -> str:

@@ -16,9 +16,14 @@ from deployfa.edits import Array
 from deployfa.graph.large import LARGE_BYTES
 from deployfa.graph.views import read
 
-__all__ = ["Fault", "judge", "judge_scale", "rounded", "rounded_tensor"]
+__all__ = ["Fault", "judge", "judge_scale", "rounded", "rounded_tensor", "stored"]
 
 Fault = Literal["large", "small"]
+
+
+def stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer; ``None`` for one that is a graph input as well, whose value can change."""
+    return None if value is None or value.is_graph_input() else value.const_value
 
 
 def judge(array: Array, low: ir.DataType) -> Fault | None:

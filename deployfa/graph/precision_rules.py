@@ -15,9 +15,9 @@ from typing import Final, Literal
 import onnx_ir as ir
 
 from deployfa.graph.precision_norms import REDUCTIONS, decomposed_norms
-from deployfa.graph.precision_numbers import Fault, judge, judge_scale
+from deployfa.graph.precision_numbers import Fault, judge, judge_scale, stored
 from deployfa.graph.precision_types import FLOAT, Slots, is_float
-from deployfa.graph.views import constant, read
+from deployfa.graph.views import read
 
 __all__ = ["IGNORED", "Reasons", "is_control"]
 
@@ -106,7 +106,7 @@ class Reasons:
             self.kept.setdefault(node, reason)
 
     def _is_constant(self, value: ir.Value) -> bool:
-        return self._origins.get(value) == _STORED or constant(value) is not None
+        return self._origins.get(value) == _STORED or stored(value) is not None
 
     def _find_origin(self, node: ir.Node) -> None:
         """What the numbers that ``node`` makes come from: integers, features, or stored numbers alone."""
@@ -166,7 +166,7 @@ class Reasons:
 
     def _fault(self, node: ir.Node, index: int) -> Fault | None:
         value = node.inputs[index]
-        tensor = constant(value)
+        tensor = stored(value)
         if value is None or tensor is None:
             return None
         if value not in self._judged:
@@ -259,7 +259,7 @@ class Reasons:
         """Whether ``value`` costs nothing in either type: it is stored, or cast from what is no float32."""
         maker = value.producer()
         cast = maker is not None and maker.op_type == "Cast" and not is_float(maker.inputs[0])
-        return constant(value) is not None or cast
+        return stored(value) is not None or cast
 
 
 _BEFORE_SOFTMAX: Final = "on the way into a softmax"

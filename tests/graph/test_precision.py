@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import onnx
@@ -92,7 +93,8 @@ def test_what_sums_and_what_explodes_stays(builder, precision, op_type, attribut
     h = b.op("Conv", x, b.const("w", numbers(1, 3, 3, 1, 1)))
     h = b.op(op_type, h, **attributes)
     y = b.op("Mul", h, b.op("Relu", h))
-    made = typed(b.model(y), precision)
+    # ONNX's own inference fails on the last of these, in float32 too
+    made = typed(b.model(y), precision, full=op_type != "MeanVarianceNormalization")
     assert types(made, op_type) == ["FLOAT"] and made.kept[op_type].count == 1
     assert types(made, "Conv") == [LOW[precision].name]
 
@@ -114,12 +116,12 @@ def test_every_norm_operator_stays(builder):
     total = y[0]
     for other in y[1:]:
         total = b.op("Add", total, other)
-    made = typed(b.model(total))
-    assert {op: k.count for op, k in made.kept.items() if op.endswith("Normalization")} == dict.fromkeys(
-        (node.op_type for node in nodes(made, "none") or [v.producer() for v in y]), 1
-    )
+    model = b.model(total)
+    # inference leaves the output without a shape, which the full check does not take
+    made = typed(model, full=False)
+    assert {op: kept.count for op, kept in made.kept.items()} == {value.producer().op_type: 1 for value in y}
     assert types(made, "MatMul") == ["FLOAT16"] and types(made, "Add") == ["FLOAT16"] * 4
-    forced = typed(b.model(total), force_low=frozenset({"LayerNormalization"}))
+    forced = typed(model, full=False, force_low=frozenset({"LayerNormalization"}))
     assert types(forced, "LayerNormalization") == ["FLOAT16"] and types(forced, "RMSNormalization") == ["FLOAT"]
 
 
@@ -168,13 +170,16 @@ def test_a_mask_of_the_lowest_float_stays_float32(builder, precision):
     hidden = b.op("Sub", b.const("one", np.ones(())), b.op("Cast", mask, to=int(ir.DataType.FLOAT)))
     added = b.op("Mul", hidden, b.const("lowest", np.array(np.finfo(np.float32).min)))
     p = b.op("Softmax", b.op("Add", scores, added))
-    made = typed(b.model(b.op("MatMul", p, b.const("v", numbers(2, 4, 4)), out="y")), precision)
+    model = b.model(b.op("MatMul", p, b.const("v", numbers(2, 4, 4)), out="y"))
+    made = typed(model, precision)
     assert types(made, "Mul") == types(made, "Sub") == types(made, "Add") == ["FLOAT"]
     assert types(made, "MatMul") == [LOW[precision].name] * 2
     feeds = {"x": numbers(3, 3, 4), "mask": np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])}
     found = evaluate(made.model, [feeds], dtype="float32")[0]["y"]
-    truth = evaluate(b.model(*b.model().graph.outputs) if False else made.model, [feeds])[0]["y"]
-    assert np.isfinite(found).all() and np.abs(found - truth).max() < 0.1
+    truth = evaluate(model, [feeds])[0]["y"]
+    # a score is rounded by at most u, three terms of rounded factors; a softmax passes on at most half of a difference
+    u = float(ml_dtypes.finfo(LOW[precision].numpy()).eps) / 2
+    assert np.abs(found - truth).max() <= 8 * u * np.abs(numbers(1, 4, 4)).sum() * np.abs(numbers(2, 4, 4)).max()
 
 
 def test_fills_are_clamped_where_they_are_forced(builder):
@@ -194,16 +199,19 @@ def test_fills_are_clamped_where_they_are_forced(builder):
         assert stored == {"lowest": pytest.approx(lowest, rel=1e-7), "minus": -np.inf}
 
 
-@pytest.mark.parametrize(("number", "stays"), [(1e6, True), (65504.0, False), (1e-12, True), (1e-7, False), (0, False)])
+@pytest.mark.parametrize(
+    ("number", "stays"), [(1e6, True), (65504.0, False), (1e-12, True), (1e-7, False), (0.0, False)]
+)
 def test_a_number_that_does_not_fit_keeps_its_reader(builder, number, stays):
     b = builder()
     x = b.input("x", 2, 4)
     h = b.op("MatMul", x, b.const("w", numbers(1, 4, 4)))
     h = b.op("Mul", h, b.const("c", np.array(number)))
-    made = typed(b.model(b.op("MatMul", h, b.const("v", numbers(2, 4, 4)))))
+    model = b.model(b.op("MatMul", h, b.const("v", numbers(2, 4, 4))))
+    made = typed(model)
     assert types(made, "Mul") == ["FLOAT" if stays else "FLOAT16"]
     assert types(made, "MatMul") == ["FLOAT16"] * 2
-    assert typed(b.model(h), "bf16").low["Mul"] == 1
+    assert typed(model, "bf16").low["Mul"] == 1
 
 
 def test_what_may_be_as_large_as_such_a_number_stays_until_it_is_squashed(builder):
@@ -290,7 +298,7 @@ def test_branches_are_typed_and_cast_what_they_read_themselves():
     # the adapter's tensor only where it is used; x once, around both
     assert [n.inputs[0].name for n in then if n.op_type == "Cast"] == ["lam", "q"]
     assert [n.inputs[0].name for n in other if n.op_type == "Cast"] == ["s/float16"]
-    assert [n.inputs[0].name for n in made.model.graph if n.op_type == "Cast"] == ["x", "r"]
+    assert [n.inputs[0].name for n in made.model.graph if n.op_type == "Cast"] == ["x", "r", "y/float16"]
     feeds = {"x": numbers(1, 2, 3), "lam": numbers(2, 3, 3)}
     for chosen in (True, False):
         found = run(made.model, {**feeds, "c": np.array(chosen)})["y"]
@@ -370,23 +378,24 @@ def test_a_table_of_embeddings_is_stored_low(builder):
     }  # fmt: skip
 
 
-def test_quantised_layers_take_the_type_of_their_scale(builder):
-    b = builder()
-    x = b.input("x", 2, 4)
-    integers = b.const("q", np.arange(-8, 8, dtype=np.int8).reshape(4, 4))
-    scale, zero = b.const("scale", np.array(0.02)), b.const("zero", np.array(3, np.int8))
-    small = b.const("small", np.array(1e-6))
-    bias = b.const("bias", np.array([5, -7, 9, 11], np.int32))
-    again = b.op("DequantizeLinear", b.op("QuantizeLinear", x, scale, zero), scale, zero)
-    h = b.op("MatMul", again, b.op("DequantizeLinear", integers, scale, zero))
-    y = b.op("Add", h, b.op("DequantizeLinear", bias, small), out="y")
-    model = b.model(y)
-    quantised = next(node for node in model.graph if node.op_type == "QuantizeLinear")
-    quantised.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+def test_quantised_layers_take_the_type_of_their_scale():
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        agraph (float[2,2] x) => (float[2,2] y)
+        <int8[2,2] q = {-8, 3, 5, 7}, int32[2] c = {5, -7}, float s = {0.02}, float small = {0.000001}, int8 z = {3}> {
+            xq = QuantizeLinear (x, s, z)
+            xd = DequantizeLinear (xq, s, z)
+            wd = DequantizeLinear (q, s, z)
+            cd = DequantizeLinear (c, small)
+            h = MatMul (xd, wd)
+            y = Add (h, cd)
+        }""")
     made = typed(model)
-    by_scale = {n.inputs[1].name: n.outputs[0].dtype.name for n in nodes(made, "DequantizeLinear")}
-    # 1e-6 has 4 bits in float16
-    assert by_scale["small"] == "FLOAT" and set(types(made, "DequantizeLinear")) == {"FLOAT", "FLOAT16"}
+    by_name = {node.outputs[0].name.partition("/")[0]: node for node in made.model.graph}
+    # x is quantised as it comes
+    assert by_name["xq"].inputs[1].dtype == ir.DataType.FLOAT
+    assert by_name["xd"].inputs[1] is by_name["wd"].inputs[1]
+    assert types(made, "DequantizeLinear") == ["FLOAT16", "FLOAT16", "FLOAT"], "1e-6 has 4 bits in float16"
     assert types(made, "MatMul") == types(made, "Add") == ["FLOAT16"]
     assert typed(model, "bf16").low["DequantizeLinear"] == 3
 
@@ -395,8 +404,8 @@ def test_an_integer_accumulator_is_scaled_in_float32(builder):
     """Sums of products of bytes go beyond 65504."""
     model = parse("""
         <ir_version: 10, opset_import: ["" : 20]>
-        agraph (float[2,300] x) => (float[2,2] y)
-        <uint8[300,2] w, uint8 z = {0}, float s = {0.01}, float[2] c = {1, 2}> {
+        agraph (float[2,300] x, uint8[300,2] w) => (float[2,2] y)
+        <uint8 z = {0}, float s = {0.01}, float[2] c = {1, 2}> {
             q, qs, qz = DynamicQuantizeLinear (x)
             p = MatMulInteger (q, w, qz, z)
             f = Cast <to = 1> (p)
@@ -404,12 +413,12 @@ def test_an_integer_accumulator_is_scaled_in_float32(builder):
             m = Mul (f, k)
             y = Add (m, c)
         }""")
-    weight = np.random.default_rng(0).integers(100, 255, (300, 2)).astype(np.uint8)
-    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
     made = typed(model)
     scaled = {n.outputs[0].name: n.outputs[0].dtype.name for n in nodes(made, "Mul")}
     assert scaled["m"] == "FLOAT" and types(made, "Add") == ["FLOAT16"]
-    found, truth = (run(each, {"x": np.abs(numbers(1, 2, 300))})["y"] for each in (made.model, model))
+    weight = np.random.default_rng(0).integers(100, 255, (300, 2)).astype(np.uint8)
+    feeds = {"x": np.abs(numbers(1, 2, 300)), "w": weight}
+    found, truth = (run(each, feeds)["y"] for each in (made.model, model))
     assert np.abs(found - truth).max() <= 4 * 2.0**-11 * np.abs(truth).max()
 
 
@@ -434,21 +443,24 @@ def test_attention_computes_its_softmax_in_float32(builder):
 
 def test_what_an_opset_has_no_bfloat16_for_stays(builder):
     """Convolutions have it from 22, to which a graph of 20 is raised, unless that changes what an operator means."""
+
     def convolution(opset, *, grouped=False):
         b = builder()
         b.opsets = {"": opset}
         h = b.op("Conv", b.input("x", 1, 4, 5, 5), b.const("w", numbers(1, 4, 4, 3, 3)))
-        two = b.const("two", np.ones(2))
-        return b.model(b.op("GroupNormalization", h, two, two, num_groups=2) if grouped else h)
+        if grouped:
+            two = b.const("two", np.ones(2))
+            h = b.op("GroupNormalization", h, two, two, num_groups=2)
+        return b.model(h)
 
     raised = typed(convolution(20), "bf16")
     assert (raised.model.graph.opset_imports[""], types(raised, "Conv")) == (22, ["BFLOAT16"])
     for model in (convolution(18), convolution(20, grouped=True)):
         version = model.graph.opset_imports[""]
-        made = typed(model, "bf16")
+        made = typed(model, "bf16", full=version == 18)
         assert made.model.graph.opset_imports[""] == version and types(made, "Conv") == ["FLOAT"]
         assert made.kept["Conv"].reason == f"no bfloat16 form is known of it in ai.onnx {version}"
-        assert types(typed(model), "Conv") == ["FLOAT16"]
+        assert types(typed(model, full=version == 18), "Conv") == ["FLOAT16"]
 
 
 def test_operators_of_other_domains_stay(layer):
@@ -487,22 +499,22 @@ def test_the_check_sees_a_wrong_type(layer):
     weight = made.graph.initializers["w"]
     weight.const_value = ir.tensor(weight.const_value.numpy().astype(np.float32), name="w")
     weight.type = ir.TensorType(ir.DataType.FLOAT)
-    with pytest.raises(GraphError, match=r"\(MatMul\) reads 'w' as FLOAT and 'x/float16' as FLOAT16; they must be"):
+    with pytest.raises(GraphError, match=r"\(MatMul\) reads 'w' as float and 'x/float16' as float16; they must be"):
         check_typed(made)
     made = type_graph(layer, "fp16").model
     product = next(node for node in made.graph if node.op_type == "MatMul").outputs[0]
     product.type = ir.TensorType(ir.DataType.FLOAT)
-    with pytest.raises(GraphError, match=r"\(MatMul\) makes 'v0' as FLOAT and"):
+    with pytest.raises(GraphError, match=r"\(MatMul\) makes 'v0' as float and"):
         check_typed(made)
     made = type_graph(layer, "fp16").model
     product = next(node for node in made.graph if node.op_type == "Cast").outputs[0]
     product.type = ir.TensorType(ir.DataType.INT8)
-    with pytest.raises(GraphError, match="INT8"):
+    with pytest.raises(GraphError, match="as int8, which its operator does not take"):
         check_typed(made)
     made = type_graph(layer, "fp16").model
     cast = next(node for node in made.graph if node.op_type == "Cast")
     cast.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
-    with pytest.raises(GraphError, match="not valid ONNX"):
+    with pytest.raises(GraphError, match="contradicts itself"):
         check_typed(made)
 
 

@@ -19,7 +19,7 @@ def typed(model, precision="fp16", *, full=True, **options):
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     made = type_graph(model, precision, **options)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before, "the caller's model is as it was"
-    check_typed(made.model)
+    check_typed(made.model, source=model)
     if full:
         inside = ir.external_data.load_to_model(made.model.clone())
         onnx.checker.check_model(ir.to_proto(inside), full_check=True)
@@ -61,20 +61,21 @@ def _weights(before, after, low):
                 assert value.uses() or value.is_graph_output(), f"nobody reads '{name}'"
                 stored[key(tensor, low)] += 1
     originals = Counter()
-    for graph in before.graphs():
+    for graph in (*before.graphs(), *(function.graph for function in before.functions.values())):
         for node in graph:
             if node.op_type == "Constant" and "value" in node.attributes:
-                originals.update({(key(node.attributes["value"].as_tensor(), low)): 2})
-            elif node.op_type == "Constant":
-                for name, attribute in node.attributes.items():
-                    if name in {"value_float", "value_floats"}:
-                        array = np.asarray(attribute.value, np.float32)
-                        originals.update({key(ir.tensor(array), low): 2})
+                originals.update(both(node.attributes["value"].as_tensor().numpy(), low))
+            elif node.op_type == "Constant" and "value_float" in node.attributes:
+                originals.update(both(np.float32(node.attributes["value_float"].as_float()), low))
         for value in graph.initializers.values():
             if value.dtype == ir.DataType.FLOAT:
-                originals[key(value.const_value, low)] += 1
-                originals[key(ir.tensor(value.const_value.numpy().astype(low.numpy())), low)] += 1
+                originals.update(both(value.const_value.numpy(), low))
     assert not stored - originals, "something is stored that the graph did not have, or twice"
+
+
+def both(array, low):
+    with np.errstate(over="ignore"):
+        return [key(ir.tensor(np.asarray(each)), low) for each in (array, array.astype(low.numpy()))]
 
 
 def key(tensor, low):
