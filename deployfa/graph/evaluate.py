@@ -26,6 +26,9 @@ def evaluate(
 ) -> list[dict[str, Array]]:
     """Outputs by name for every case of feeds, computed in ``dtype``; ``model`` is not changed.
 
+    ``float32`` computes every node in the types that the graph names: of a graph typed to float16 or bfloat16
+    (``deployfa.graph.precision``), it rounds what goes from node to node as the graph says.
+
     Standard operators, and those that quantisers write: give it the graph before any fusion for a runtime.
     """
     from onnx.reference import ReferenceEvaluator

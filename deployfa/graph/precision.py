@@ -8,8 +8,9 @@ Our own code, because the two libraries that do this fall short here: ``onnxrunt
 bfloat16, casts to float16 and back between two nodes that both stay, and stores a shared weight once, to cast it at run
 time; NVIDIA's ``modelopt.onnx.autocast`` needs torch, and pins older versions of onnx and onnxruntime than ours.
 
-ONNX Runtime's CPU provider runs most float16 nodes as float32 between two casts: what is rounded is what goes from node
-to node, never what is summed within one.  It is a check of the graph, not of how a GPU sums.
+ONNX Runtime's CPU provider has few kernels for float16 and none for most of bfloat16.  It computes float16 nodes in
+float32 and leaves out the casts between them: its error is a lower bound, and a square that overflows within a chain is
+not seen.  ``deployfa.graph.evaluate.evaluate(model, cases, dtype="float32")`` rounds after every node, in either type.
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def _tidy(model: ir.Model) -> None:
     for graph in list(model.graphs()):
         for node in list(graph):
             output = node.outputs[0] if node.outputs else None
-            if output is None or output.is_graph_output():
-                continue
-            if node.op_type == "Constant" and is_float(output):
-                _store(graph, node)
-            elif node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
+            if node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
                 _say_type(graph, node, node.inputs[1].dtype)
+            elif output is None or output.is_graph_output():
+                continue
+            elif node.op_type == "Constant" and is_float(output):
+                _store(graph, node)
             elif node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == output.dtype:
                 output.replace_all_uses_with(node.inputs[0])
                 graph.remove(node, safe=True)
@@ -144,7 +145,7 @@ def _say_type(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
     old, made = node.outputs[0], cast.outputs[0]
     made.type, made.shape = old.type, old.shape
     graph.insert_after(node, cast)
-    old.replace_all_uses_with(made)
+    old.replace_all_uses_with(made, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     made.name = old.name
 
