@@ -42,6 +42,7 @@ def test_extras_exist(words: list[str]) -> None:
     assert extra in PROJECT["project"]["optional-dependencies"]
 
 
+@pytest.mark.timeout(1500)  # every command of the README, one after another
 @pytest.mark.slow
 def test_every_deployfa_command_runs(tmp_path: Path, minilm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, as written, in one folder; only the data is cut to a few rows once it is there, and then the Python."""

@@ -34,10 +34,8 @@ def norm(b, x, how, seed=0):
     else:
         variance = b.op("ReduceMean", square, axes)
     deviation = b.op("Sqrt", b.op("Add", variance, epsilon))
-    if "reciprocal" in how:
-        h = b.op("Mul", centred, b.op("Reciprocal", deviation))
-    else:
-        h = b.op("Div", centred, deviation)
+    inverse = "reciprocal" in how
+    h = b.op("Mul", centred, b.op("Reciprocal", deviation)) if inverse else b.op("Div", centred, deviation)
     h = b.op("Mul", gamma, h)
     return h if how.startswith("rms") else b.op("Add", h, beta)
 

@@ -22,7 +22,6 @@ from deployfa.errors import RuntimeTargetError
 from deployfa.graph import apply_adapter, make_plan
 from deployfa.graph.evaluate import evaluate
 from deployfa.graph.idle import default_active, with_idle_branch, with_row
-from deployfa.graph.optimize import fuse
 from deployfa.graph.precision import Typed
 from deployfa.graph.row_layout import base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import add_slots, add_tables
@@ -135,7 +134,8 @@ def test_a_norm_of_llama_that_is_forced_is_seen_only_where_it_overflows(scale: f
     with torch.no_grad():
         made.model.get_input_embeddings().weight.mul_(scale)
     table = made.graph.graph.initializers["model.embed_tokens.weight"]
-    table.const_value = ir.tensor(table.const_value.numpy() * np.float32(scale), name=table.name)
+    # the graph may share its numbers with the model
+    table.const_value = ir.tensor(made.model.get_input_embeddings().weight.detach().numpy().copy(), name=table.name)
     one = Held(made)
     truth, limit = one.torch(None, torch.float64), one.limit(None, "fp16")
     kept = typed(made.graph)
@@ -175,17 +175,17 @@ def rows() -> tuple[Held, dict[str, Adapter], Layout, dict[str, dict[str, Array]
 
 def _run(graph: ir.Model, feeds: dict[str, Array], output: str) -> Array:
     runner = OnnxRuntimeRunner(ir.to_proto(graph).SerializeToString(), threads=1, spinning=False, optimize=False)
-    return runner.run({spec.name: feeds[spec.name] for spec in runner.inputs})[output].astype(np.float64)
+    names = [value.name or "" for value in graph.graph.inputs]  # those with a default too
+    return runner.run({name: feeds[name] for name in names})[output].astype(np.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion", ["none", "onnxscript"])
-def test_slots_with_an_idle_branch(fusion: str) -> None:
+def test_slots_with_an_idle_branch() -> None:
     """Both branches are typed, and a row comes as float32."""
     made, adapters, layout, stored = rows()
     graph, output = made.subject.graph, made.subject.output
-    both = with_row(with_idle_branch(fuse(graph, fusion), fuse(add_slots(graph, layout), fusion)), stored["base"])
-    low = typed(both, full=fusion == "none")
+    both = with_row(with_idle_branch(graph, add_slots(graph, layout)), stored["base"])
+    low = typed(both)
     (choice,) = (node for node in low.model.graph if node.op_type == "If")
     for branch in ("then_branch", "else_branch"):
         inside = [node for node in choice.attributes[branch].as_graph() if node.op_type in LAYERS]
