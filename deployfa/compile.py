@@ -133,6 +133,7 @@ def compile_bundle(
                 low=lowered.low,
                 kept=lowered.kept,
                 layer_types=built.layer_types,
+                tensor_types=built.tensor_types,
                 graph_error=error,
                 error_limit=lowered.limit,
                 seconds=built.seconds,

@@ -120,6 +120,22 @@ class TestBundles:
         if table_inputs:
             assert compiled.engine.profile["adapters"] == Sizes(1, 65, 130)
 
+    @pytest.mark.parametrize(("precision", "kind", "coarser"), [("fp16", "half", 2**13), ("bf16", "bf16", 2**16)])
+    def test_sixteen_bits(self, bundle: Bundle, precision: str, kind: str, coarser: int) -> None:
+        compiled = compile_bundle(bundle, RTX, precision=precision)
+        engine = compiled.engine
+        assert engine.layer_types[kind] > 300 > engine.layer_types["float"] > 50
+        assert {spec.dtype for spec in engine.outputs} == {"float32"}, "what is answered keeps its type"
+        assert engine.kept["LayerNormalization"] == 13 and engine.kept["Softmax"] == 6
+        assert engine.low["MatMul"] == 48 and "MatMul" not in engine.kept
+        assert engine.error_limit == 2 * coarser * bundle.manifest.reference.noise
+        if precision == "fp16":
+            assert engine.graph_error is not None
+            assert 100 * bundle.manifest.reference.noise < engine.graph_error <= engine.error_limit
+        else:  # ONNX Runtime has no kernels for it on the CPU, and that is said
+            assert engine.graph_error is None
+            assert "was not held against the reference" in compiled.warnings[0]
+
     def test_int8_loses_less_than_half_of_the_adapter(self, bundle: Bundle) -> None:
         compiled = compile_bundle(bundle, RTX, precision="int8")
         engine = compiled.engine

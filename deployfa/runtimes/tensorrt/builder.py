@@ -8,6 +8,7 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,13 +58,16 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
     """What was built.  layer_types: type of a layer's first output → how many layers, of the network as parsed.
-    seconds: parsing and building."""
+    seconds: parsing and building.  tensor_types: tensor of the built engine → its type and layout, where a GPU lets the
+    library's inspector read them.
+    """
 
     library_version: str
     layer_types: dict[str, int]
     compute_capabilities: list[str]
     bytes: int
     seconds: float
+    tensor_types: dict[str, str] = {}
 
 
 def default_capabilities(library: Library) -> tuple[str, ...]:
@@ -114,7 +118,26 @@ def build(request: BuildRequest, out: Path, progress: Progress | None = None) ->
         compute_capabilities=list(capabilities),
         bytes=plan.nbytes,
         seconds=time.perf_counter() - begin,
+        tensor_types=_inspected(api, log, plan),
     )
+
+
+def _inspected(api: Any, log: Any, plan: Any) -> dict[str, str]:
+    """From the engine inspector, which needs an engine that is loaded, and so a GPU of its kind; else empty."""
+    try:
+        engine = api.Runtime(log).deserialize_cuda_engine(plan)
+        if engine is None:
+            return {}
+        text = engine.create_engine_inspector().get_engine_information(api.LayerInformationFormat.JSON)
+        layers = json.loads(text).get("Layers", [])
+        return {
+            str(tensor["Name"]): str(tensor["Format/Datatype"])
+            for layer in layers
+            if isinstance(layer, dict)
+            for tensor in layer.get("Outputs", [])
+        }
+    except Exception:  # what cannot be inspected is built all the same
+        return {}
 
 
 def _builder(library: Library, log: Any) -> Any:
@@ -136,6 +159,7 @@ def _configure(library: Library, config: Any, request: BuildRequest) -> tuple[st
         config.set_flag(api.BuilderFlag.REFIT_IDENTICAL)
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if request.level is not None:
         config.builder_optimization_level = request.level
     wanted = tuple(dict.fromkeys(request.compute_capabilities)) or default_capabilities(library)

@@ -17,9 +17,10 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     loaded.  compute_capabilities: the GPUs it runs on; empty for the one it was built on.  profile: dynamic dimension →
     sizes.  inputs, outputs: its signature.  optional: inputs that have a default in the bundle (an adapter's strength,
     slots, tables).  low, kept: operator → how many of the graph compute in ``precision``, and in float32 still.
-    layer_types: type of a layer's first output → how many layers of the parsed network.  graph_error: normwise relative
-    error of the typed graph in ONNX Runtime against the stored float64 reference, ``None`` if that could not be run;
-    error_limit: what was allowed.  command: what builds it again.
+    layer_types: type of a layer's first output → how many layers of the parsed network.  tensor_types: tensor of the
+    engine → its type and layout, by the library's inspector; empty where it was built without a GPU.  graph_error:
+    normwise relative error of the typed graph in ONNX Runtime against the stored float64 reference, ``None`` if that
+    could not be run; error_limit: what was allowed.  command: what builds it again.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     low: dict[str, int] = {}
     kept: dict[str, int] = {}
     layer_types: dict[str, int] = {}
+    tensor_types: dict[str, str] = {}
     graph_error: float | None = None
     error_limit: float
     seconds: float
