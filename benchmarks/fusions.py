@@ -66,10 +66,11 @@ def markdown(content: dict[str, Any]) -> str:
     lines = ["# Fusions of MiniLM", "", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}.", ""]
     lines += ["| shape | spinning | fusion | p50 (ms) | ratio to none |", "|---|---|---|---|---|"]
     for row in content["results"]:
-        ratio = "1" if row["ratio"] is None else f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        ratio = f"{row['ratio']:.3f}"
+        if row["ratio_low"] is not None:  # what the others are compared with has no interval
+            ratio += f" [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
         shape = f"{row['batch']}x{row['sequence']}"
-        spinning = "on" if row["spinning"] else "off"
-        lines.append(f"| {shape} | {spinning} | {row['contender']} | {row['p50_ms']:.2f} | {ratio} |")
+        lines.append(f"| {shape} | {row['spinning']} | {row['contender']} | {row['p50_ms']:.2f} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 

@@ -31,3 +31,14 @@ def test_a_changed_figure_changes_the_table_and_the_plot(report: dict[str, Any])
     assert markdown(other) != markdown(report)
     drawn = draw(report)
     assert drawn.startswith("<?xml") and "16 mixed, 16x32" in drawn and draw(other) != drawn
+
+
+def test_the_table_of_fusions_is_made_from_its_figures() -> None:
+    import fusions
+
+    folder = RESULTS
+    content = json.loads((folder / "fusions.json").read_text(encoding="utf-8"))
+    assert (folder / "fusions.md").read_text(encoding="utf-8") == fusions.markdown(content)
+    assert {row["contender"] for row in content["results"]} == set(fusions.FUSIONS)
+    content["results"][1]["p50_ms"] += 1.0
+    assert (folder / "fusions.md").read_text(encoding="utf-8") != fusions.markdown(content)
