@@ -20,8 +20,14 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Minutes each; at the end they would run alone while the other worker has nothing left.
+LONGEST = ("test_docs.py", "test_demo.py")
 SOURCES = ("deployfa", "cli", "models")
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
