@@ -6,14 +6,12 @@ Nothing here needs a GPU but ``build_engine`` with TensorRT proper.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 from gpu_plan import FORMS
 from many_adapters import DISTINCT, adapters
 
@@ -25,13 +23,11 @@ from deployfa.data import Row
 from deployfa.edits import Array, fold_matrix
 from deployfa.graph.optimize import fuse
 from deployfa.graph.storage import save_graph
-from deployfa.lowered import Judge, lower
+from deployfa.lowered import lower, stored_judge
 from deployfa.pack import pack
 from deployfa.parity.cases import read_cases
-from deployfa.parity.measures import normwise, unmasked
 from deployfa.pipeline import export
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.tensorrt import Sizes
 from deployfa.runtimes.tensorrt.record import EngineRecord
 from deployfa.slots import export_slots
@@ -110,7 +106,11 @@ def typed_graph(form: Form, precision: str, folder: Path, *, fusion: str = "none
         node.name = node.name or f"{node.op_type}_{number}"
     bound = {**plain.defaults, **own_slots(form.bundle)}
     bound = {name: bound[name] for name in plain.defaults}
-    model = lower(plain.model, precision, _judge(form.bundle, bound)).model
+    model = lower(
+        plain.model,
+        precision,
+        stored_judge(read_cases(form.bundle.reference), bound, form.bundle.manifest.reference.noise),
+    ).model
     folder.mkdir(parents=True)
     return Graph(save_graph(fuse(model, fusion), folder), bound)
 
@@ -182,20 +182,3 @@ def own_slots(bundle: Bundle) -> dict[str, Array]:
     if slots is None:
         return {}
     return read_onnx_adapter(bundle.path / slots.file, slots.layout, idle_branch=slots.idle_branch)
-
-
-def _judge(bundle: Bundle, bound: Mapping[str, Array]) -> Judge:
-    """What a precision may ask of a graph: its error on the stored reference, in ONNX Runtime on the CPU."""
-    cases = read_cases(bundle.reference)
-    truth = np.concatenate([case.truth for case in cases if case.truth is not None])
-    base = np.concatenate([case.base for case in cases if case.base is not None])
-
-    def error(model: ir.Model) -> float:
-        with tempfile.TemporaryDirectory(prefix="deployfa-gpu-") as folder:
-            runner = OnnxRuntimeRunner(save_graph(model, Path(folder)), spinning=False, bound=bound)
-            names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
-            found = [runner.run({name: case.feeds[name] for name in names})[output] for case in cases]
-        return normwise(*unmasked(np.concatenate(found).astype(np.float64), truth))
-
-    feeds = [{**bound, **case.feeds} for case in cases]
-    return Judge(feeds, error, bundle.manifest.reference.noise, normwise(*unmasked(base, truth)))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from deployfa.bundle import Bundle
@@ -21,12 +20,10 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.graph.row_values import ADAPTERS
 from deployfa.graph.storage import save_graph
-from deployfa.lowered import PRECISIONS, Judge, Lowered, lower
+from deployfa.lowered import PRECISIONS, Judge, Lowered, lower, stored_judge
 from deployfa.naming import SCOPES, module_path_of
 from deployfa.parity.cases import Case, read_cases, widened
-from deployfa.parity.measures import normwise, unmasked
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter
-from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
 from deployfa.runtimes.tensorrt import LIBRARIES, BuildRequest, NodePlace, Sizes, build_engine
 from deployfa.runtimes.tensorrt.library import check_installed
@@ -183,21 +180,8 @@ def _cases(bundle: Bundle, plain: Unfused) -> list[Case]:
 
 def _judge(bundle: Bundle, plain: Unfused) -> tuple[Judge, str | None]:
     """The stored reference, which ONNX Runtime is asked about; and why it cannot be, if so."""
-    cases = _cases(bundle, plain)
-    truth = np.concatenate([case.truth for case in cases if case.truth is not None])
-    base = np.concatenate([case.base for case in cases if case.base is not None])
-    feeds = [{**plain.defaults, **case.feeds} for case in cases]
-
-    def error(model: ir.Model) -> float:
-        with tempfile.TemporaryDirectory(prefix="deployfa-judge-") as folder:
-            runner = OnnxRuntimeRunner(save_graph(model, Path(folder)), spinning=False)
-            output = runner.outputs[0].name
-            fed = [{spec.name: feed[spec.name] for spec in runner.inputs} for feed in feeds]
-            found = [runner.run(each)[output].astype(np.float64) for each in fed]
-        return normwise(*unmasked(np.concatenate(found), truth))
-
     missing = None if find_spec("onnxruntime") is not None else "onnxruntime is not installed"
-    return Judge(feeds, error, bundle.manifest.reference.noise, normwise(*unmasked(base, truth))), missing
+    return stored_judge(_cases(bundle, plain), plain.defaults, bundle.manifest.reference.noise), missing
 
 
 def _checked(lowered: Lowered, judge: Judge, why_not: str | None) -> tuple[float | None, list[str]]:

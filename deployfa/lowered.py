@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from deployfa.edits import Array
 from deployfa.graph.precision import Precision, type_graph
-from deployfa.parity.measures import LIMIT
+from deployfa.graph.storage import save_graph
+from deployfa.parity.cases import Case
+from deployfa.parity.measures import LIMIT, normwise, unmasked
 from deployfa.quantise import quantise
+from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 
-__all__ = ["PRECISIONS", "Judge", "Lowered", "lower"]
+__all__ = ["PRECISIONS", "Judge", "Lowered", "lower", "stored_judge"]
 #: Of float32's 24 bits, float16 keeps 11 and bfloat16 8.
 _COARSER: dict[Precision, float] = {"fp16": 2.0**13, "bf16": 2.0**16}
 
@@ -31,6 +37,26 @@ class Judge:
     error: Callable[[ir.Model], float]
     noise: float
     effect: float
+
+
+def stored_judge(cases: Sequence[Case], defaults: Mapping[str, Array], noise: float) -> Judge:
+    """By a stored reference, whose ``cases`` carry their truth, in ONNX Runtime on the CPU.
+
+    defaults: of inputs that a case does not feed.  noise: the reference's own.
+    """
+    truth = np.concatenate([case.truth for case in cases if case.truth is not None])
+    base = np.concatenate([case.base for case in cases if case.base is not None])
+    feeds = [{**defaults, **case.feeds} for case in cases]
+
+    def error(model: ir.Model) -> float:
+        with tempfile.TemporaryDirectory(prefix="deployfa-judge-") as folder:
+            runner = OnnxRuntimeRunner(save_graph(model, Path(folder)), spinning=False)
+            output = runner.outputs[0].name
+            fed = [{spec.name: feed[spec.name] for spec in runner.inputs} for feed in feeds]
+            found = [runner.run(each)[output].astype(np.float64) for each in fed]
+        return normwise(*unmasked(np.concatenate(found), truth))
+
+    return Judge(feeds, error, noise, normwise(*unmasked(base, truth)))
 
 
 @dataclass(frozen=True, eq=False)
