@@ -21,6 +21,7 @@ from deployfa.cli import (
     pack,
     plan,
     run,
+    serve,
     train,
     verify,
 )
@@ -62,6 +63,7 @@ for command in (
     verify.verify,
     bench.bench,
     run.run,
+    serve.serve,
     demo.demo,
     demo.report,
     fetch.fetch,

@@ -18,6 +18,7 @@ it after ``error:`` and exits with status 2.
     ├── LeftoverError                tensors of the adapter that no rewrite consumed, or that changed nothing
     ├── GraphError                   a graph whose types are unknown, or contradict each other
     ├── ExportError                  the base model could not be turned into a graph
+    ├── RequestError                 a request that a server does not answer, with its HTTP status
     ├── RuntimeTargetError           a runtime that did not give what was asked for
     ├── StatisticsError              a figure that the samples cannot support
     ├── StorageError                 no space, no permission; nothing half-written is left
@@ -42,6 +43,7 @@ __all__ = [
     "MissingExtraError",
     "OutputExistsError",
     "PlanError",
+    "RequestError",
     "RuntimeTargetError",
     "SiteError",
     "StatisticsError",
@@ -116,6 +118,19 @@ class GraphError(DeployfaError):
 
 class ExportError(DeployfaError):
     """The base model could not be turned into a graph."""
+
+
+class RequestError(DeployfaError):
+    """A request that a server does not answer.
+
+    ``status``: of HTTP, as Triton gives it: 400 for what is wrong, 404 for what there is not, 503 for not now, and then
+    ``retry_after_s`` says when.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class RuntimeTargetError(DeployfaError):

@@ -50,6 +50,7 @@ class MixedRunner:
         target: str | None = None,
         engine: str | None = None,
         threads: int | None = None,
+        spinning: bool = True,
     ) -> None:
         tables = bundle.manifest.tables
         if tables is None:
@@ -65,7 +66,7 @@ class MixedRunner:
             self._runner = open_engine(bundle, target, name=engine)
         else:
             bound = bundle.bound if table is None else dict(_first(table))
-            self._runner = open_onnxruntime(target, bundle.graph, threads=threads, bound=bound)
+            self._runner = open_onnxruntime(target, bundle.graph, threads=threads, spinning=spinning, bound=bound)
         self._members = {member.name: row for row, member in enumerate(tables.adapters)}
         self._labels = {member.name: member.labels for member in tables.adapters}
         self._values: tuple[Any, dict[str, Any]] = None, {}
@@ -74,6 +75,10 @@ class MixedRunner:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What ``run`` must be fed besides the names of the adapters."""
         return tuple(spec for spec in self._runner.inputs if spec.name != ADAPTER_IDS)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._runner.outputs
 
     @property
     def adapters(self) -> list[str]:
@@ -112,16 +117,34 @@ class MixedRunner:
         labels than another end in minus infinity.  Raises ``InputError`` on an unknown name, and what the runner raises
         on feeds that do not fit.
         """
-        wanted = dict(feeds)
-        if strength is not None:
-            wanted[STRENGTH] = _strengths(strength, len(adapters))
         if self._table is None:
-            wanted[ADAPTER_IDS] = np.array([self._row(name) for name in adapters], np.int64)
-            return self._runner.run(wanted)
+            rows = np.array([self._row(name) for name in adapters], np.int64)
+            return self.run_rows(feeds, rows, strength=strength)
         if lease is None:
             with self._table.snapshot() as now:
                 return self.run(feeds, adapters, strength=strength, lease=now)
-        wanted[ADAPTER_IDS] = lease.rows(adapters)
+        return self.run_rows(feeds, lease.rows(adapters), strength=strength, lease=lease)
+
+    def run_rows(
+        self,
+        feeds: Mapping[str, Array],
+        rows: Array,
+        *,
+        strength: Array | float | None = None,
+        lease: Lease | None = None,
+    ) -> dict[str, Array]:
+        """``run`` for who has looked the rows up already: ``rows``, (batch,) int64, is what ``adapter_ids`` takes.
+
+        ``lease``: an open one in which all of them are valid, or the newest of several; for tables that can change.
+        """
+        wanted = dict(feeds)
+        if strength is not None:
+            wanted[STRENGTH] = _strengths(strength, len(rows))
+        wanted[ADAPTER_IDS] = rows
+        if self._table is None:
+            return self._runner.run(wanted)
+        if lease is None:
+            raise InputError("the rows of a table that changes are valid within a lease only; pass lease=")
         return self._runner.run(wanted, self._bound(lease))
 
     def _row(self, name: str) -> int:
