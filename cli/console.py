@@ -68,7 +68,7 @@ def spinner(text: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, float, float], None]]:
+def progress_bar(*, refreshes_per_s: float = 10) -> Iterator[Callable[[str, float, float], None]]:
     """A progress bar on standard error; yields ``report(what, done, total)``, one bar for each ``what``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -76,7 +76,9 @@ def progress_bar() -> Iterator[Callable[[str, float, float], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, refresh_per_second=refreshes_per_s
+    ) as progress:
 
         def report(what: str, done: float, total: float) -> None:
             if what not in bars:

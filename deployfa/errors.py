@@ -20,6 +20,7 @@ it after ``error:`` and exits with status 2.
     ├── ExportError                  the base model could not be turned into a graph
     ├── RequestError                 a request that a server does not answer, with its HTTP status
     ├── RuntimeTargetError           a runtime that did not give what was asked for
+    ├── LoadError                    a server to be loaded that is not there, or does not speak the protocol
     ├── StatisticsError              a figure that the samples cannot support
     ├── StorageError                 no space, no permission; nothing half-written is left
     └── MissingExtraError            an optional dependency that is not installed
@@ -40,6 +41,7 @@ __all__ = [
     "GraphError",
     "InputError",
     "LeftoverError",
+    "LoadError",
     "MissingExtraError",
     "OutputExistsError",
     "PlanError",
@@ -135,6 +137,10 @@ class RequestError(DeployfaError):
 
 class RuntimeTargetError(DeployfaError):
     """A runtime did not give what was asked for: another provider, a wrong feed."""
+
+
+class LoadError(DeployfaError):
+    """A server that load is to be sent to is not there, refuses, or does not speak the protocol."""
 
 
 class StatisticsError(DeployfaError):

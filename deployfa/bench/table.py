@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["render"]
+__all__ = ["REFUSED", "figure", "render"]
 
-_REFUSED = "–"
+REFUSED = "–"
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
@@ -51,11 +51,11 @@ def _latency(report: BenchReport, spinning: SpinningState) -> Table:
         table.add_row(
             f"{result.batch}x{result.sequence}",
             result.contender,
-            *(_figure(value) for value in (result.p50_ms, result.p90_ms, result.p95_ms, result.p99_ms)),
+            *(figure(value) for value in (result.p50_ms, result.p90_ms, result.p95_ms, result.p99_ms)),
             _ratio(result),
-            result.verdict or _REFUSED,
-            _figure(result.items_per_s),
-            _figure(result.gflop_per_s),
+            result.verdict or REFUSED,
+            figure(result.items_per_s),
+            figure(result.gflop_per_s),
             _megabytes(memory[result.contender]),
             _megabytes(size[result.contender]),
             str(result.samples),
@@ -70,8 +70,8 @@ def _latency(report: BenchReport, spinning: SpinningState) -> Table:
 
 def _ceiling_row(each: Ceiling) -> Sequence[str]:
     name = f"bare MatMul ({each.m}, {each.k}) ({each.k}, {each.n})"
-    speed, samples = _figure(each.gflop_per_s), str(each.samples)
-    return [f"{each.batch}x{each.sequence}", name, _figure(each.p50_ms), "", "", "", "", "", "", speed, "", "", samples]
+    speed, samples = figure(each.gflop_per_s), str(each.samples)
+    return [f"{each.batch}x{each.sequence}", name, figure(each.p50_ms), "", "", "", "", "", "", speed, "", "", samples]
 
 
 def _contenders(report: BenchReport) -> Table:
@@ -83,7 +83,7 @@ def _contenders(report: BenchReport) -> Table:
         table.add_column(name, justify="right")
     for each in report.contenders:
         spans = (each.start_ms, each.import_ms, each.session_ms, each.first_inference_ms)
-        table.add_row(each.label, *(f"{_figure(min(span))} to {_figure(max(span))}" for span in spans))
+        table.add_row(each.label, *(f"{figure(min(span))} to {figure(max(span))}" for span in spans))
     return table
 
 
@@ -100,9 +100,9 @@ def _footnotes(report: BenchReport) -> list[str]:
     lacking = [name for name in _QUANTILES if any(f"{name}_ms" in result.refused for result in report.results)]
     if lacking:
         needs = ", ".join(f"{name} needs {minimum_samples(_QUANTILES[name])}" for name in lacking)
-        notes.append(f"{_REFUSED} too few samples: {needs}")
+        notes.append(f"{REFUSED} too few samples: {needs}")
     others = {
-        f"{_REFUSED} {result.contender}, {name}: {reason}"
+        f"{REFUSED} {result.contender}, {name}: {reason}"
         for result in report.results
         for name, reason in result.refused.items()
         if name in {"flops", "ratio", "verdict"}
@@ -114,17 +114,17 @@ def _ratio(result: Result) -> str:
     if result.verdict == "reference":
         return "1"
     if result.ratio is None or result.ratio_low is None or result.ratio_high is None:
-        return _REFUSED
+        return REFUSED
     return f"{result.ratio:.3f} [{result.ratio_low:.3f}, {result.ratio_high:.3f}]"
 
 
 def _megabytes(count: int | None) -> str:
-    return _REFUSED if count is None else _figure(count / 1e6)
+    return REFUSED if count is None else figure(count / 1e6)
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     """Three or more significant digits: 0.123, 1.23, 12.3, 123, 1234."""
     if value is None:
-        return _REFUSED
+        return REFUSED
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
