@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from deployfa.bench.machine import describe_machine
 from deployfa.bench.statistics import minimum_samples, percentile
 from deployfa.errors import InputError, StatisticsError
 from deployfa.load.open_loop import Samples
@@ -48,10 +47,9 @@ def find_rate(options: LoadOptions, *, quantile: float = 0.99, progress: Progres
             f"p{100 * quantile:g} needs {needed} answers, and {options.rate:g} a second for {options.duration:g} s are "
             "too few; pass a longer --duration, or another --slo-quantile"
         )
-    machine = describe_machine()
 
     async def work() -> RateReport:
-        async with prepare(options, machine) as prepared:
+        async with prepare(options) as prepared:
             interrupted = False
             number = 0
 
@@ -82,7 +80,7 @@ def find_rate(options: LoadOptions, *, quantile: float = 0.99, progress: Progres
             limited_by=limited_by,
             interrupted=interrupted,
             steps=steps,
-            machine=machine,
+            machine=prepared.machine,
             versions=installed(PACKAGES),
             warnings=warnings,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deployfa.bench.machine import Machine
+from deployfa.bench.machine import Machine, describe_machine
 from deployfa.errors import LoadError
 from deployfa.load.arrivals import poisson_times
 from deployfa.load.client import Client, Outcome, open_client
@@ -93,7 +93,7 @@ class Prepared:
 
 
 @contextlib.asynccontextmanager
-async def prepare(options: LoadOptions, machine: Machine) -> AsyncIterator[Prepared]:
+async def prepare(options: LoadOptions) -> AsyncIterator[Prepared]:
     async with open_client(
         options.base_url,
         token=options.token,
@@ -121,6 +121,7 @@ async def prepare(options: LoadOptions, machine: Machine) -> AsyncIterator[Prepa
         tried = range(len(names)) if spec is not None and spec.names and not certain else range(1)
         for adapter in tried:
             await _try(client, model, requests, adapter, names[adapter] if names else None)
+        machine = await asyncio.to_thread(describe_machine)
         yield Prepared(client, options, machine, server, model, requests)
 
 

@@ -79,7 +79,7 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def late(self) -> tuple[str, float]:
-        """The percentile to judge it by, and its milliseconds; of a short run the median, one hitch is no bottleneck."""
+        """The percentile to judge it by, in ms; the median of a short run: one hitch is no bottleneck."""
         if self.late_p99_ms is not None:
             return "p99", self.late_p99_ms
         return "p50", self.late_p50_ms or 0.0
@@ -213,7 +213,7 @@ def summarise(
         generator=generator,
         machine=machine,
         versions=versions,
-        warnings=_warnings(generator, latency.get("p50")),
+        warnings=_warnings(generator, latency.get("p50"), settings.max_connections),
     )
 
 
@@ -243,13 +243,14 @@ def _generator(samples: Samples, event_loop: str) -> Generator:
     )
 
 
-def _warnings(generator: Generator, median: Latency | None) -> list[str]:
+def _warnings(generator: Generator, median: Latency | None, max_connections: int | None) -> list[str]:
     found = []
     name, late = generator.late
     if median is not None and late > _LATE_SHARE * median.ms:
+        fix = "raise --max-connections" if max_connections is not None else "give it a quieter machine"
         found.append(
             f"the generator sent late ({late:.3g} ms at {name}, the median answer took {median.ms:.3g} ms), so the "
-            "figures are in part its own; lower --rate, raise --max-connections, or give it a quieter machine"
+            f"figures are in part its own; lower --rate, or {fix}"
         )
     if generator.cpu_share > _BUSY_SHARE:
         found.append(

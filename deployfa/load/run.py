@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from deployfa.bench.machine import describe_machine
 from deployfa.load.options import LoadOptions
 from deployfa.load.prepare import Progress, prepare
 from deployfa.load.report import LoadReport
@@ -22,10 +21,9 @@ def run_load(options: LoadOptions, *, progress: Progress | None = None) -> LoadR
     Raises ``LoadError`` for a server that is not there or refuses a first request, ``InputError`` for a model or an
     adapter that it lacks, ``MissingExtraError`` without aiohttp.
     """
-    machine = describe_machine()
 
     async def work() -> LoadReport:
-        async with prepare(options, machine) as prepared:
+        async with prepare(options) as prepared:
             return await prepared.report(options.rate, options.duration, 0, progress)
 
     return in_loop(work())

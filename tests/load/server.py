@@ -91,6 +91,8 @@ class Server:
             self._open.clear()
             asyncio.get_running_loop().call_later(self.stall, self._open.set)
         await self._open.wait()
+        if self.delay:
+            await asyncio.sleep(self.delay)
         try:
             self._read(request, body)
         except Exception as error:
@@ -99,8 +101,6 @@ class Server:
         if self.serial:
             async with self._turn:
                 await asyncio.sleep(self.serial)
-        if self.delay:
-            await asyncio.sleep(self.delay)
         behave = self.behave if number > self.after else "ok"
         if behave == "shed":
             return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": "1"})
