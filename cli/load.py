@@ -36,9 +36,9 @@ def load(
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be given several times.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Without texts: raw tensors of so many tokens.  [default: 16]")
+        int | None, typer.Option("--tokens", help="Without texts: raw tensors of so many tokens. Default: 16.")
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Rows of raw tensors a request.  [default: 1]")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Rows of raw tensors a request. Default: 1.")] = None,
     slo_ms: Annotated[float | None, typer.Option("--slo-ms", help="The latency objective in milliseconds.")] = None,
     find_rate: Annotated[
         bool, typer.Option("--find-rate", help="Find the highest rate within --slo-ms, in steps of --duration.")

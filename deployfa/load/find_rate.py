@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
+
 from deployfa.bench.statistics import minimum_samples, percentile
 from deployfa.errors import InputError, StatisticsError
+from deployfa.load.client import Outcome
 from deployfa.load.open_loop import Samples
 from deployfa.load.options import LoadOptions
 from deployfa.load.prepare import PACKAGES, Prepared, Progress, load_settings, prepare
-from deployfa.load.report import RateReport, Step
+from deployfa.load.report import RateReport, Step, Verdict
 from deployfa.load.run import in_loop
 from deployfa.load.search import search
 from deployfa.versions import installed
 
-__all__ = ["find_rate"]
+__all__ = ["blame", "find_rate"]
 
 _FAILED_SHARE = 0.01
 #: A step of ``find_rate`` at a low rate lasts longer than asked, so that its percentile has samples; at most so much.
 _LONGEST = 10
-#: A generator that is later than this share of the objective may be why the objective was missed.
-_LATE_SHARE = 0.1
 _BUSY_SHARE = 0.9
 
 
@@ -96,12 +97,11 @@ def _step(samples: Samples, prepared: Prepared, rate: float, slo_ms: float, quan
         quantile_ms = percentile(1e3 * samples.latency_s[samples.ok], quantile)
     except StatisticsError:
         quantile_ms = None
-    verdict: Literal["within", "late", "errors", "generator"] = "within"
+    verdict: Verdict = "within"
     if failed_share >= _FAILED_SHARE:
         verdict = "errors"
     elif share < quantile or quantile_ms is None:
-        ours = report.generator.cpu_share > _BUSY_SHARE or report.generator.late[1] > _LATE_SHARE * slo_ms
-        verdict = "generator" if ours else "late"
+        verdict = blame(samples, slo_ms, quantile)
     return Step(
         rate_per_s=rate,
         seconds=samples.seconds,
@@ -114,3 +114,13 @@ def _step(samples: Samples, prepared: Prepared, rate: float, slo_ms: float, quan
         cpu_share=report.generator.cpu_share,
         verdict=verdict,
     )
+
+
+def blame(samples: Samples, slo_ms: float, quantile: float) -> Literal["late", "generator"]:
+    """Who kept a step from its objective: the generator, if it was busy all the time, or if the objective would have
+    been met had every request been sent when it was to be.
+    """
+    decided = samples.outcome != Outcome.UNFINISHED
+    on_time = samples.ok & (1e3 * (samples.latency_s - samples.late_s) <= slo_ms)
+    met = np.count_nonzero(on_time) >= quantile * np.count_nonzero(decided)
+    return "generator" if met or samples.cpu_share > _BUSY_SHARE else "late"

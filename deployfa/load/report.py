@@ -26,10 +26,13 @@ __all__ = [
     "Objective",
     "RateReport",
     "Step",
+    "Verdict",
     "summarise",
 ]
 
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
+Verdict = Literal["within", "late", "errors", "generator"]
+
 _LATE_SHARE = 0.1
 _BUSY_SHARE = 0.9
 
@@ -138,7 +141,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     failed_share: float
     late_p99_ms: float | None
     cpu_share: float
-    verdict: Literal["within", "late", "errors", "generator"]
+    verdict: Verdict
 
 
 class RateReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from deployfa.errors import InputError
 from deployfa.load import LoadOptions, find_rate
+from deployfa.load.find_rate import blame
+from deployfa.load.open_loop import Samples
 from deployfa.load.report import Step
 from deployfa.load.search import Found, search
 
@@ -84,6 +87,27 @@ def test_a_server_that_sheds_is_not_within(serve: Callable[..., Server]) -> None
     server = serve(behave="shed")
     report = find_rate(LoadOptions(server.url, rate=100, duration=0.05, warmup=0, slo_ms=1000), quantile=0.5)
     assert report.found_per_s is None and {each.verdict for each in report.steps} == {"errors"}
+
+
+@pytest.mark.parametrize(
+    ("late_ms", "cpu", "culprit"),
+    [(0, 0.2, "late"), (40, 0.2, "late"), (60, 0.2, "generator"), (0, 0.95, "generator")],
+)
+def test_the_generator_is_blamed_only_if_its_lateness_made_the_difference(
+    late_ms: float, cpu: float, culprit: str
+) -> None:
+    """All took 100 ms from when they were to be sent, 50 were allowed."""
+    samples = Samples(
+        late_s=np.full(100, late_ms / 1e3),
+        latency_s=np.full(100, 0.1),
+        outcome=np.full(100, 200),
+        index=np.arange(100),
+        seconds=1,
+        elapsed_s=1,
+        cpu_share=cpu,
+        interrupted=False,
+    )
+    assert blame(samples, 50, 0.99) == culprit
 
 
 def test_what_cannot_be_found_is_said_before_anything_is_sent(serve: Callable[..., Server]) -> None:
