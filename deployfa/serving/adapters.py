@@ -131,10 +131,10 @@ class AdapterRegistry:
         self._holder.check_changeable()
         check_stored_name(name)
         with self._turns.of(name):
-            self._catalogue.known(name)
+            entry = self._catalogue.known(name)
             if self._store is not None:
                 self._store.remove(name, mark=name in self._catalogue.own)
-            self._leave(self._catalogue.forget(name))
+            self._leave(entry, forget=True)
 
     def restore(self) -> Sequence[tuple[str, str]]:
         """Load again what the store keeps: what replaces the bundle's own, then the newest files, ``max_resident`` at
@@ -144,7 +144,7 @@ class AdapterRegistry:
             return []
         own, names = self._catalogue.own, self._store.names()
         for name in self._store.removed() & own:
-            self._leave(self._catalogue.forget(name))
+            self._leave(self._catalogue.known(name), forget=True)
         self._catalogue.add(Entry(name, pinned=name in own) for name in names)
         failed = self._store.odd()
         # the newest first; sorted keeps that order
@@ -219,10 +219,10 @@ class AdapterRegistry:
         if name is not None:
             self._holder.drop(name)
 
-    def _leave(self, entry: Entry) -> None:
-        """Take ``entry`` out of memory."""
+    def _leave(self, entry: Entry, *, forget: bool = False) -> None:
+        """Take ``entry`` out of memory; ``forget``: and out of all that is known."""
         with self._placing:
-            if self._catalogue.left(entry):
+            if self._catalogue.left(entry, forget=forget):
                 self._holder.drop(entry.name)
 
     @contextlib.contextmanager

@@ -21,8 +21,8 @@ from deployfa.tables.checks import BASE
 
 __all__ = ["AdapterInfo", "Catalogue", "Entry"]
 
-#: An unknown name, which comes from whoever sends a request, is compared with so many at most: 1 ms.
-_COMPARED = 100
+#: An unknown name comes from whoever sends a request: it is compared with so many at most, of so many looked at.  1 ms.
+_COMPARED, _LOOKED_AT = 100, 10_000
 _LONGEST = 128
 
 
@@ -133,10 +133,12 @@ class Catalogue:
                 self._recent[entry.name] = None
                 self._recent.move_to_end(entry.name)
 
-    def left(self, entry: Entry) -> bool:
-        """It is not in memory any more; returns whether it was."""
+    def left(self, entry: Entry, *, forget: bool = False) -> bool:
+        """It is not in memory any more, or not even known; returns whether it was in memory."""
         with self._lock:
             self._recent.pop(entry.name, None)
+            if forget:
+                del self._entries[entry.name]
             was, entry.resident = entry.resident, False
             return was
 
@@ -149,10 +151,6 @@ class Catalogue:
                 self._entries[name].resident = False
                 self._counters["evictions"] += 1
             return name
-
-    def forget(self, name: str) -> Entry:
-        with self._lock:
-            return self._entries.pop(name)
 
     def used(self, entry: Entry) -> None:
         """A request took it."""
@@ -185,9 +183,10 @@ class Catalogue:
     def _unknown(self, name: str) -> InputError:
         """``no adapter 'shp'; nearest names: shop``."""
         with self._lock:
-            known = list(self._entries)
+            known = list(islice(self._entries, _LOOKED_AT))
         if len(known) > _COMPARED:
-            known = list(islice((each for each in known if each[:3] == name[:3]), _COMPARED))
+            alike = (each for each in known if each[:3] == name[:3] and abs(len(each) - len(name)) < 2)
+            known = list(islice(alike, _COMPARED))
         near = difflib.get_close_matches(name, known, n=4) if len(name) <= _LONGEST else []
         shown = f"nearest names: {', '.join(near)}" if near else f"there are: {self.some_names()}"
         return InputError(f"no adapter {name[:_LONGEST]!r}; {shown}")
