@@ -17,6 +17,8 @@ from deployfa.serving.taken import Taken, TakenRow
 from deployfa.tables import AdapterTable, Head, Layout, Segment, Vectors, base_row
 
 SUFFIX = ".safetensors"
+#: More than there are versions of one name.
+VERSIONS = 10_000
 #: wide enough that writing a row takes longer than a thread's turn
 WIDTH = 20_000
 LAYOUT = Layout(
@@ -39,8 +41,8 @@ def owner_of(name: str) -> int:
 
 
 def marked(name: str, version: int) -> Adapter:
-    """Every number of its row is ``1000 owner + version``, which float32 holds exactly."""
-    mark = np.float32(1000 * owner_of(name) + version)
+    """Every number of its row is ``VERSIONS owner + version``, which float32 holds exactly."""
+    mark = np.float32(VERSIONS * owner_of(name) + version)
     edit = Edit(lam=np.full(WIDTH, mark), delta=np.full(WIDTH, mark))
     head = {"weight": np.full((2, 4), mark), "bias": np.full(2, mark)}
     return Adapter("test", {"s": edit}, {"head": head}, BaseReference(fingerprint="sha256:a"), labels=(name, "x"))
@@ -93,10 +95,10 @@ def version(taken: Taken | None) -> int:
     """Which version it is; fails on another one's row."""
     found = mark(taken)
     assert taken is not None
-    assert found // 1000 == owner_of(taken.name), f"{taken.name}: the row of another one {found}"
+    assert found // VERSIONS == owner_of(taken.name), f"{taken.name}: the row of another one {found}"
     assert taken.labels == (taken.name, "x"), f"{taken.name}: the labels of another one {taken.labels}"
     taken.close()
-    return int(found % 1000)
+    return int(found % VERSIONS)
 
 
 def state(registry: AdapterRegistry) -> dict[str, int]:
