@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from many_adapters import adapter, cores, fed, text_feeds
 from serving_client import ADMIN, Connection, Server, connect, numbers, request
 
 from deployfa.adapter import Adapter
 from deployfa.base_graphs import base_graph
 from deployfa.edits import Array
-from deployfa.graph import find_sites, make_plan
+from deployfa.graph import make_plan
 from deployfa.graph.rewrite import apply_adapter
+from deployfa.graph.storage import save_graph
 from deployfa.pack import pack
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 
@@ -56,9 +57,10 @@ def fleet(folder: Path, options: Any) -> list[dict[str, Any]]:
 def _answers(own: Adapter, feeds: list[dict[str, Array]]) -> list[Array]:
     """The logits of the adapter's own folded graph."""
     base = base_graph(own).load()
-    sites = find_sites(base)
-    model = apply_adapter(sites, own, make_plan(sites, own, placement="fold"))
-    runner = OnnxRuntimeRunner(ir.to_proto(model).SerializeToString(), threads=cores(), spinning=False)
+    model = apply_adapter(base, own, make_plan(base, own, placement="fold"))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        save_graph(model, Path(folder))
+        runner = OnnxRuntimeRunner(Path(folder) / "model.onnx", threads=cores(), spinning=False)
     return [runner.run(fed(each, runner))["logits"][0] for each in feeds]
 
 

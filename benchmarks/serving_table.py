@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployfa.report.markdown import table
-
 __all__ = ["TARGETS", "markdown"]
 
 #: What was set out to be reached.
@@ -77,9 +75,9 @@ def _fleet(results: list[dict[str, Any]]) -> list[str]:
     for r in results:
         changes = ", ".join(f"{count:,} {what}" for what, count in r["changes"].items())
         lines += [
-            f"{r['adapters']:,} adapters, {r['max_resident']} in memory; {r['requests']:,} requests at {r['rate']:.0f}/s "
-            f"in {r['seconds']:.0f} s, from when they should have been sent: p50 {r['p50_ms']:.1f}, p95 "
-            f"{r['p95_ms']:.1f}, p99 {r['p99_ms']:.1f}, longest {r['max_ms']:.1f} ms.  Meanwhile {changes}.  "
+            f"{r['adapters']:,} adapters, {r['max_resident']} in memory; {r['requests']:,} requests at "
+            f"{r['rate']:.0f}/s in {r['seconds']:.0f} s, from when they should have been sent: p50 {r['p50_ms']:.1f}, "
+            f"p95 {r['p95_ms']:.1f}, p99 {r['p99_ms']:.1f}, longest {r['max_ms']:.1f} ms.  Meanwhile {changes}.  "
             f"**{r['errors']} errors, {r['wrong']} wrong answers**, each held against the adapter's own folded graph."
         ]
     return lines
@@ -89,5 +87,11 @@ def _spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
-_markdown = table
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    return [line(head), line(["---"] * len(head)), *(line(row) for row in rows)]
+
+
 _ROWS = {"overhead": _overhead, "saturated": _saturated, "fleet": _fleet}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -69,11 +70,12 @@ class _Application:
             await self._refuse(RequestError("internal error; see the server's log", 500), told, status, sending)
         finally:
             if self._service.log_requests and self._service.log.isEnabledFor(logging.INFO):
-                fields = self._fields(scope, told) | {
-                    "status": status,
-                    "ms": round(1e3 * (time.monotonic() - began), 3),
-                }
-                self._service.log.info("request", extra={"fields": fields})
+                # once the answer is on its way
+                asyncio.get_running_loop().call_soon(self._tell, scope, told, status, time.monotonic() - began)
+
+    def _tell(self, scope: Scope, told: dict[str, Any], status: int, seconds: float) -> None:
+        fields = self._fields(scope, told) | {"status": status, "ms": round(1e3 * seconds, 3)}
+        self._service.log.info("request", extra={"fields": fields})
 
     async def _refuse(self, error: RequestError, told: dict[str, Any], status: int, send: Send) -> None:
         if "counted" not in told:

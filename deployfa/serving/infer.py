@@ -65,9 +65,8 @@ class Infer:
             raise
         encoding = _response_encoding(scope)
         await send_answer(send, pieces, json_length=json_length, encoding=encoding, headers=told["headers"])
-        done = time.monotonic()
-        model.statistics.answered(inference.answered, inference.rows, done - arrived, done - began)
-        service.metrics.answered(name, inference.adapter, inference.answered, inference.rows, done - arrived)
+        # counted once the answer is on its way, which it is when the loop comes round again
+        asyncio.get_running_loop().call_soon(self._count, model, inference, arrived, began, time.monotonic())
         told |= {
             "adapter": inference.adapter,
             "rows": inference.rows,
@@ -75,6 +74,12 @@ class Infer:
             "queue_ms": round(1e3 * inference.answered.queue_s, 3),
             "compute_ms": round(1e3 * inference.answered.compute_s, 3),
         }
+
+    def _count(self, model: ServedModel, inference: Inference, arrived: float, began: float, done: float) -> None:
+        model.statistics.answered(inference.answered, inference.rows, done - arrived, done - began)
+        self._service.metrics.answered(
+            model.name, inference.adapter, inference.answered, inference.rows, done - arrived
+        )
 
 
 class _Gone:

@@ -14,7 +14,7 @@ import numpy as np
 
 from deployfa.bundle import Bundle
 from deployfa.edits import Array
-from deployfa.errors import InputError, RequestError
+from deployfa.errors import DeployfaError, InputError, RequestError
 from deployfa.graph.index_ranges import index_ranges
 from deployfa.graph.storage import load_graph
 from deployfa.serving.adapters import AdapterRegistry
@@ -218,8 +218,9 @@ class ServedModel:
         assert self.registry is not None  # only a registry says that something is not in memory
         try:
             return await self._loop.run_in_executor(self._executor, self.registry.fetch, name)
-        except InputError as error:
-            raise RequestError(str(error), 404) from error
+        except DeployfaError as error:
+            # a name that went meanwhile is the client's affair, a file that cannot be read is ours
+            raise RequestError(str(error), 500 if name in self.registry else 404) from error
 
     async def _feeds_of(self, request: InferRequest) -> Mapping[str, Array]:
         inputs = request.inputs

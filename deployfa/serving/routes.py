@@ -20,6 +20,7 @@ from deployfa.serving.http import Receive, Scope, Send, read_body, send_answer, 
 from deployfa.serving.infer import Infer
 from deployfa.serving.model import VERSION, ServedModel
 from deployfa.serving.service import Service
+from deployfa.tables.checks import BASE
 
 __all__ = ["routes"]
 
@@ -122,8 +123,8 @@ class _Routes:
 
     async def adapters(self, scope: Scope, receive: Receive) -> Any:
         model = self.of_model(scope)
-        found = model.registry.list() if model.registry is not None else []
-        return {"model": model.name, "adapters": found}
+        found = await self._blocking(model.registry.list) if model.registry is not None else []
+        return {"model": model.name, "adapters": [each for each in found if each.name != BASE]}
 
     async def put_adapter(self, scope: Scope, receive: Receive) -> Any:
         self.service.access.check_admin(scope)

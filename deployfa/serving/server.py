@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import ssl
@@ -134,6 +135,8 @@ async def _load_all(
             return InputError(str(error))
         fields = {"model": name, "seconds": round(time.monotonic() - began, 3)}
         log.info("model loaded", extra={"fields": fields})
+    # what is there now stays: there is nothing to collect in it
+    gc.freeze()
     log.info("ready", extra={"fields": {"url": url, "models": service.repository.names()}})
     return None
 
