@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="Of the fleet part.")
     parser.add_argument("--adapters", type=int, default=1000, help="Of the fleet part.")
     parser.add_argument("--rate", type=float, default=120.0, help="Requests per second of the fleet part.")
+    parser.add_argument("--truths", type=Path, help="Keep what the adapters must answer here; read if it is there.")
     options = parser.parse_args()
     file = options.out / "serving.json"
     report: dict[str, Any] = json.loads(file.read_text()) if options.only and file.is_file() else {"parts": {}}

@@ -34,7 +34,9 @@ def fleet(folder: Path, options: Any) -> list[dict[str, Any]]:
     feeds = [text_feeds(1, length) for length in LENGTHS]
     first = adapter("vefa", 0)
     packed = pack({"own": first}, folder / "pack", table_inputs=True).bundle
-    files, truths = [], []
+    known = options.truths is not None and options.truths.is_file()
+    truths = [list(each) for each in np.load(options.truths)["logits"]] if known else []
+    files = []
     started = time.perf_counter()
     for number in range(made):
         each = adapter("vefa", number)
@@ -42,9 +44,12 @@ def fleet(folder: Path, options: Any) -> list[dict[str, Any]]:
         each.save(file)
         files.append(file.read_bytes())
         file.unlink()
-        truths.append(_answers(each, feeds))
+        if number >= len(truths):
+            truths.append(_answers(each, feeds))
         if number % 100 == 99:
-            print(f"{number + 1} of {made} truths, {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"{number + 1} of {made} adapters, {time.perf_counter() - started:.0f} s", flush=True)
+    if options.truths is not None and not known:
+        np.savez(options.truths, logits=np.array(truths))
     options_ = ("--max-adapters", RESIDENT, "--state", folder / "state", "--admin-token", ADMIN, "--threads", cores())
     with Server({"pack": packed.path}, *options_) as server:
         run = _Run(server, feeds, files, truths, options)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
-    assert {words[0] for words in commands()} == {"make", "pip", "deployfa"}
+    assert {words[0] for words in commands()} == {"make", "pip", "deployfa", "curl"}
 
 
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "make"], ids=" ".join)
@@ -42,12 +46,56 @@ def test_extras_exist(words: list[str]) -> None:
     assert extra in PROJECT["project"]["optional-dependencies"]
 
 
+def curl(words: list[str], folder: Path) -> bytes:
+    """What curl prints; a machine may lack it."""
+    method, headers, data, url = None, {}, None, ""
+    arguments = iter(words)
+    for word in arguments:
+        if word == "-X":
+            method = next(arguments)
+        elif word == "-H":
+            name, _, value = next(arguments).partition(": ")
+            headers[name] = value
+        elif word in ("-d", "--data-binary"):
+            given = next(arguments)
+            data = (folder / given[1:]).read_bytes() if given[0] == "@" else given.encode()
+        else:
+            url = f"http://{word}"
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method)) as answer:
+        return answer.read()
+
+
+@contextlib.contextmanager
+def in_background(words: list[str], folder: Path) -> Iterator[None]:
+    """A server that is ready, and stopped at the end."""
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "deployfa.cli", *words], cwd=folder, stderr=log)
+        try:
+            until = time.monotonic() + 60
+            while True:
+                assert process.poll() is None and time.monotonic() < until, (folder / "server.log").read_text()
+                with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8000/v2/health/ready"):
+                    break
+                time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
 @pytest.mark.timeout(1500)  # every command of the README, one after another
 @pytest.mark.slow
 def test_every_deployfa_command_runs(tmp_path: Path, minilm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, as written, in one folder; only the data is cut to a few rows once it is there, and then the Python."""
     assert minilm_dir.is_dir()
-    for words in (w for w in commands() if w[0] == "deployfa"):
+    behind = contextlib.ExitStack()
+    for words in (w for w in commands() if w[0] in ("deployfa", "curl")):
+        if words[0] == "curl":
+            assert curl(words[1:], tmp_path), shlex.join(words)
+            continue
+        if words[-1] == "&":
+            behind.enter_context(in_background(words[1:-1], tmp_path))
+            continue
         result = subprocess.run(
             [sys.executable, "-m", "deployfa.cli", *words[1:]],
             cwd=tmp_path,
@@ -60,6 +108,7 @@ def test_every_deployfa_command_runs(tmp_path: Path, minilm_dir: Path, monkeypat
             for file in (tmp_path / "data").glob("*.csv"):
                 lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
                 file.write_text("".join(lines[:65]), encoding="utf-8")
+    behind.close()
     monkeypatch.chdir(tmp_path)
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {"MODEL": str(minilm_dir)})
