@@ -94,7 +94,7 @@ class Server:
     """``deployfa serve`` in a process of its own, ready when made; ``with Server(...) as server:``."""
 
     def __init__(self, models: Mapping[str, Path], *options: object) -> None:
-        command = [sys.executable, "-m", "deployfa.cli", "serve", "--port", "0", "--log-level", "info"]
+        command = [sys.executable, "-m", "deployfa.cli", "serve", "--port", "0"]
         command += [f"{name}={path}" for name, path in models.items()] + [str(each) for each in options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.port = 0

@@ -69,6 +69,9 @@ def serve(
         list[str] | None, typer.Option("--cors-origin", help="Web pages from there may ask. Default: none.")
     ] = None,
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Of one request (MB).")] = 33.5,
+    read_timeout: Annotated[
+        float, typer.Option("--read-timeout", min=0.1, help="By when a request must have arrived whole (s).")
+    ] = 30.0,
     max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="Open at once.")] = 1024,
     log_level: Annotated[
         str, typer.Option("--log-level", help="debug, info (a line for each request), warning or error.")
@@ -124,7 +127,7 @@ def serve(
             max_queue=max_queue,
             max_delay_s=max_delay_ms / 1e3,
         ),
-        limits=Limits(body_bytes=int(1e6 * max_body_mb), connections=max_connections),
+        limits=Limits(body_bytes=int(1e6 * max_body_mb), connections=max_connections, read_s=read_timeout),
         access=Access(token=token, admin_token=admin_token, mutual_tls=tls_client_ca is not None),
         tls=tls,
         state=_state(state) if changeable or state is not None else None,

@@ -23,6 +23,7 @@ from deployfa.serving.connection import guarded
 from deployfa.serving.fair_queue import Policy
 from deployfa.serving.limits import Limits
 from deployfa.serving.logs import start_logging, stop_logging
+from deployfa.serving.memory import return_large_blocks
 from deployfa.serving.metrics import Metrics
 from deployfa.serving.opening import ModelOpener, Running
 from deployfa.serving.repository import Repository
@@ -77,6 +78,7 @@ def serve(options: ServeOptions) -> int:
     log = start_logging(options.log_level)
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
+    return_large_blocks()
     try:
         return asyncio.Runner(loop_factory=_loop_factory()).run(_serve(options, listening, log))
     finally:

@@ -122,6 +122,9 @@ def _flat(name: str, data: bytes, kind: str, datatype: str, limits: Limits) -> l
         level: Any = _ANY.decode(data)
     except RecursionError as error:
         raise RequestError(f"input '{name[:80]}' is nested too deeply; send a flat list") from error
+    except msgspec.MsgspecError as error:
+        # a number such as 1e999 is JSON, and no number that there is
+        raise RequestError(f"input '{name[:80]}' is not a list of {datatype}: {str(error)[:120]}") from error
     for _ in range(limits.dimensions):
         if not isinstance(level, list) or not level or not all(isinstance(each, list) for each in level):
             break
