@@ -114,8 +114,21 @@ class Generator:
     # what is wrong with the tensors
 
     def kind_shape(self) -> Sent:
-        shape = self._pick([-1, LENGTH], [2**63, 2**64], [2**32, 2**32], [1, 2**64 + 1], [0, LENGTH], [1], [],
-                           [1, LENGTH, 1], [2, LENGTH], [1, LENGTH - 1], [1] * 40, [1, 0], [LENGTH, 1])  # fmt: skip
+        shape = self._pick(
+            [-1, LENGTH],
+            [2**63, 2**64],
+            [2**32, 2**32],
+            [1, 2**64 + 1],
+            [0, LENGTH],
+            [1],
+            [],
+            [1, LENGTH, 1],
+            [2, LENGTH],
+            [1, LENGTH - 1],
+            [1] * 40,
+            [1, 0],
+            [LENGTH, 1],
+        )
         return self._changed("shape", lambda r: r["inputs"][0].update(shape=shape))
 
     def kind_shape_is_no_list(self) -> Sent:
@@ -159,34 +172,70 @@ class Generator:
     def kind_not_finite(self) -> Sent:
         word = self._pick(b"NaN", b"Infinity", b"-Infinity", b"1e999")
         body = json.dumps(self._json(self._feeds(0), self._adapters[0])).encode()
-        return Sent("NaN and infinity", (self._post(body.replace(b"[[", b"[" + word + b",[", 1).replace(b'"data": [', b'"data": [' + word + b",", 1)),))  # fmt: skip
+        return Sent(
+            "NaN and infinity",
+            (
+                self._post(
+                    body.replace(b"[[", b"[" + word + b",[", 1).replace(b'"data": [', b'"data": [' + word + b",", 1)
+                ),
+            ),
+        )
 
     def kind_mask(self) -> Sent:
         return self._changed("a row that is all masked", lambda r: r["inputs"][1].update(data=[0] * LENGTH))
 
     def kind_parameters(self) -> Sent:
         name, value = self._pick(
-            ("strength", 2), ("strength", -0.1), ("strength", "half"), ("strength", True), ("adapter", "nobody"),
-            ("adapter", 7), ("adapter", "x" * 5000), ("adapter", "\x00"), ("timeout", -1), ("timeout", "soon"),
-            ("timeout", 1.5), ("x", [1]), ("x", {"y": 1}), ("adapter", "../../etc/passwd"),
-        )  # fmt: skip
+            ("strength", 2),
+            ("strength", -0.1),
+            ("strength", "half"),
+            ("strength", True),
+            ("adapter", "nobody"),
+            ("adapter", 7),
+            ("adapter", "x" * 5000),
+            ("adapter", "\x00"),
+            ("timeout", -1),
+            ("timeout", "soon"),
+            ("timeout", 1.5),
+            ("x", [1]),
+            ("x", {"y": 1}),
+            ("adapter", "../../etc/passwd"),
+        )
         return self._changed("parameters", lambda r: r["parameters"].update({name: value}))
 
     def kind_outputs(self) -> Sent:
         outputs = self._pick(
-            [{"name": "nothing"}], [{}], [{"name": 7}], "logits", [{"name": "logits"}] * 2,
+            [{"name": "nothing"}],
+            [{}],
+            [{"name": 7}],
+            "logits",
+            [{"name": "logits"}] * 2,
             [{"name": "logits", "parameters": {"classification": -1}}],
             [{"name": "label", "parameters": {"classification": 2}}],
-            [{"name": "logits", "parameters": {"shared_memory_region": "x"}}], [{"name": "l" * 100_000}],
-        )  # fmt: skip
+            [{"name": "logits", "parameters": {"shared_memory_region": "x"}}],
+            [{"name": "l" * 100_000}],
+        )
         return self._changed("outputs", lambda r: r.update(outputs=outputs))
 
     # what is wrong with the binary part
 
     def kind_header_length(self) -> Sent:
         head, tail = self._binary()
-        value = self._pick("-1", "x", "", "1e3", str(10**30), str(len(head) + len(tail) + 1), "0", str(len(head) - 1),
-                           str(len(head) + 1), "+1", "1_0", "٣", str(len(head)) + " x")  # fmt: skip
+        value = self._pick(
+            "-1",
+            "x",
+            "",
+            "1e3",
+            str(10**30),
+            str(len(head) + len(tail) + 1),
+            "0",
+            str(len(head) - 1),
+            str(len(head) + 1),
+            "+1",
+            "1_0",
+            "٣",
+            str(len(head)) + " x",
+        )
         return Sent("header length", (self._post(head + tail, length=value),))
 
     def kind_two_header_lengths(self) -> Sent:
@@ -213,10 +262,15 @@ class Generator:
 
     def kind_text(self) -> Sent:
         tensor = self._pick(
-            {"shape": [1], "data": [7]}, {"shape": [2], "data": ["a"]}, {"shape": [0], "data": []},
-            {"shape": [1, 1, 1], "data": ["a"]}, {"shape": [1], "data": ["x" * 300_000]},
-            {"shape": [1], "data": ["\ud800"]}, {"shape": [1000], "data": ["a"] * 1000}, {"shape": [1]},
-        )  # fmt: skip
+            {"shape": [1], "data": [7]},
+            {"shape": [2], "data": ["a"]},
+            {"shape": [0], "data": []},
+            {"shape": [1, 1, 1], "data": ["a"]},
+            {"shape": [1], "data": ["x" * 300_000]},
+            {"shape": [1], "data": ["\ud800"]},
+            {"shape": [1000], "data": ["a"] * 1000},
+            {"shape": [1]},
+        )
         request = {
             "inputs": [{"name": "text", "datatype": "BYTES", **tensor}],
             "parameters": {"adapter": self._adapters[0]},
@@ -232,23 +286,48 @@ class Generator:
     # what is wrong with the JSON and its compression
 
     def kind_json(self) -> Sent:
-        body = self._pick(b"", b"{", b"[]", b"null", b"7", b'"x"', b"{}", b"\xff\xfe", b'{"inputs": [}', b"\0" * 100,
-                          b'{"inputs": []}', b'{"inputs": 1, "inputs": 2}', b"{" * 1000, b'{"a": 1}' * 2)  # fmt: skip
+        body = self._pick(
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"7",
+            b'"x"',
+            b"{}",
+            b"\xff\xfe",
+            b'{"inputs": [}',
+            b"\0" * 100,
+            b'{"inputs": []}',
+            b'{"inputs": 1, "inputs": 2}',
+            b"{" * 1000,
+            b'{"a": 1}' * 2,
+        )
         return Sent("JSON", (self._post(body),))
 
     def kind_deep(self) -> Sent:
         deep = self._pick(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"[" * 100_000)
-        body = self._pick(deep, b'{"x": ' + deep + b', "inputs": []}', b'{"inputs": [], "parameters": {"x": ' + deep + b"}}",
-                          b'{"inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [1], "data": ' + deep + b"}]}")  # fmt: skip
+        body = self._pick(
+            deep,
+            b'{"x": ' + deep + b', "inputs": []}',
+            b'{"inputs": [], "parameters": {"x": ' + deep + b"}}",
+            b'{"inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [1], "data": ' + deep + b"}]}",
+        )
         return Sent("JSON 100,000 deep", (self._post(body),))
 
     def kind_compressed(self) -> Sent:
         body = json.dumps(self._json(self._feeds(0), self._adapters[0])).encode()
         packed = gzip.compress(body)
         content, encoding = self._pick(
-            (packed[:-9], "gzip"), (packed + b"x", "gzip"), (body, "gzip"), (body, "deflate"), (packed, "br"),
-            (zlib.compress(body)[:-3], "deflate"), (b"", "gzip"), (packed, "gzip, gzip"), (packed[:20], "gzip"),
-        )  # fmt: skip
+            (packed[:-9], "gzip"),
+            (packed + b"x", "gzip"),
+            (body, "gzip"),
+            (body, "deflate"),
+            (packed, "br"),
+            (zlib.compress(body)[:-3], "deflate"),
+            (b"", "gzip"),
+            (packed, "gzip, gzip"),
+            (packed[:20], "gzip"),
+        )
         return Sent("compression", (self._post(content, more=f"content-encoding: {encoding}\r\n".encode()),))
 
     def rare_bomb(self) -> Sent:
@@ -268,8 +347,17 @@ class Generator:
     # what is wrong with HTTP, and with who speaks it
 
     def kind_path(self) -> Sent:
-        path = self._pick("/", "/v2/models/nobody/infer", "/v2/models/%2e%2e/infer", "/v3", "/v2/models//infer", "/" + "x" * 9000,
-                          f"/v2/models/{self._model}/versions/7/infer", f"/v2/models/{self._model}/infer/", "/v2/repository")  # fmt: skip
+        path = self._pick(
+            "/",
+            "/v2/models/nobody/infer",
+            "/v2/models/%2e%2e/infer",
+            "/v3",
+            "/v2/models//infer",
+            "/" + "x" * 9000,
+            f"/v2/models/{self._model}/versions/7/infer",
+            f"/v2/models/{self._model}/infer/",
+            "/v2/repository",
+        )
         return Sent("unknown path", (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{{}}".encode(),))
 
     def kind_method(self) -> Sent:
@@ -279,20 +367,29 @@ class Generator:
 
     def kind_not_allowed(self) -> Sent:
         method, path = self._pick(
-            ("POST", f"/v2/repository/models/{self._model}/unload"), ("POST", f"/v2/repository/models/{self._model}/load"),
-            ("PUT", f"/v2/models/{self._model}/adapters/x"), ("DELETE", f"/v2/models/{self._model}/adapters/x"),
+            ("POST", f"/v2/repository/models/{self._model}/unload"),
+            ("POST", f"/v2/repository/models/{self._model}/load"),
+            ("PUT", f"/v2/models/{self._model}/adapters/x"),
+            ("DELETE", f"/v2/models/{self._model}/adapters/x"),
             ("POST", "/v2/systemsharedmemory/region/x/register"),
-        )  # fmt: skip
+        )
         return Sent("not allowed", (f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{{}}".encode(),))
 
     def kind_http(self) -> Sent:
         raw = self._pick(
-            b"\0" * 50 + b"\r\n\r\n", b"HELLO\r\n\r\n", b"POST\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01\r\n\r\n",
-            b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
-            b"POST / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", b"POST / HTTP/1.1\r\n: x\r\n\r\n",
+            b"\0" * 50 + b"\r\n\r\n",
+            b"HELLO\r\n\r\n",
+            b"POST\r\n\r\n",
+            b"POST / HTTP/9.9\r\n\r\n",
+            b"\x16\x03\x01\x02\0\x01\r\n\r\n",
+            b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+            b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+            b"POST / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+            b"POST / HTTP/1.1\r\n: x\r\n\r\n",
             b"POST / HTTP/1.1\r\ncontent-length: 99999999999999999999999\r\n\r\n",
-            b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", b"GET /%ff%fe HTTP/1.1\r\nhost: x\r\n\r\n",
-        )  # fmt: skip
+            b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+            b"GET /%ff%fe HTTP/1.1\r\nhost: x\r\n\r\n",
+        )
         return Sent("HTTP", (raw,))
 
     def kind_headers(self) -> Sent:
@@ -415,9 +512,13 @@ async def fuzz(port: int, generator: Generator, requests: int, outcome: Outcome,
 
 def markdown(report: dict[str, Any]) -> str:
     lines = ["# Requests that nobody should send", ""]
-    lines += [f"{report['requests']:,} requests, seed {report['seed']}, {report['seconds']:.0f} s: "
-              f"**{len(report['violations'])} violations**.  Memory of the server after the first {report['settled_after']:,}: "
-              f"{report['memory_mb'][0]:.1f} MB, at the end {report['memory_mb'][1]:.1f} MB ({report['growth']:+.1%}).", ""]  # fmt: skip
+    before, after = report["memory_mb"]
+    lines += [
+        f"{report['requests']:,} requests, seed {report['seed']}, {report['seconds']:.0f} s: "
+        f"**{len(report['violations'])} violations**.  Memory of the server after the first "
+        f"{report['settled_after']:,}: {before:.1f} MB, at the end {after:.1f} MB ({report['growth']:+.1%}).",
+        "",
+    ]
     lines += ["| kind | requests | answers |", "| --- | --- | --- |"]
     for kind, statuses in sorted(report["statuses"].items()):
         told = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))

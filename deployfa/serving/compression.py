@@ -38,6 +38,8 @@ def _inflate(body: bytes, wbits: int, limit: int, encoding: str) -> bytes:
     stream = zlib.decompressobj(wbits)
     content = stream.decompress(body, limit + 1)
     if len(content) > limit:
+        # an error holds the frame that it comes from, and may outlive the request
+        del content
         raise RequestError(f"the body has more than {limit:,} bytes once decompressed; send fewer rows", 413)
     if not stream.eof:
         raise RequestError(f"the {encoding} stream of the body is cut off; send all of it")

@@ -52,6 +52,8 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                 break
             size += len(message["body"])
             if size > limits.body_bytes:
+                # an error holds the frame that it comes from, and may outlive the request
+                pieces.clear()
                 raise _too_large(limits)
             pieces.append(message["body"])
         body = b"".join(pieces)
