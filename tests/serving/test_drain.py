@@ -68,7 +68,7 @@ def test_a_stopping_server_is_not_ready_but_answers(serve, packs: dict[str, Path
             assert time.monotonic() < until
         assert status == 503
         assert served.answer("pack", "A joy.", adapter="vefa")
-        assert served.stop() == 0
+        assert served.process.wait(20) == 0
 
 
 def test_a_second_signal_does_not_wait(serve, packs: dict[str, Path]) -> None:
@@ -87,7 +87,7 @@ def test_killed_and_started_again_it_has_the_same_adapters(
 ) -> None:
     arguments = (f"pack={packs['pack']}", "--state", tmp_path / "state", "--admin-token", "secret")
     file = tmp_path / "shop.safetensors"
-    Adapter.load(trained["lorfa"]).save(file)
+    Adapter.load(trained["vefa"]).save(file)
     with serve(*arguments) as served:
         path = "/v2/models/pack/adapters/"
         status, told, _ = served.ask(path + "shop", file.read_bytes(), method="PUT", headers=AUTHORIZATION)
