@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from deployfa.serving.adapters import AdapterRegistry
 from deployfa.serving.describe import configuration, metadata
 from deployfa.serving.http import Receive, Scope, Send, read_body, send_answer, send_json
 from deployfa.serving.infer import Infer
+from deployfa.serving.log_settings import change_log, shown_log
 from deployfa.serving.model import VERSION, ServedModel
 from deployfa.serving.service import Service
 from deployfa.tables.checks import BASE
@@ -107,13 +107,15 @@ class _Routes:
         wrong = next((key for key in files if not key.startswith(_FILE)), None)
         if wrong is not None:
             raise RequestError(f"'{wrong[:80]}' cannot be loaded; send adapters, as {_FILE}NAME.safetensors")
+        _check_config(parameters.get("config"))
         if not files:
             await self.service.repository.load(name)
             return None
-        for key, content in files.items():
+        # all of them are read before one of them counts
+        for key, content in {key: _decoded(key, content) for key, content in files.items()}.items():
             adapter = key.removeprefix(_FILE)
             adapter = adapter.removesuffix(".safetensors").removesuffix(".pt").removesuffix(".onnx_adapter")
-            await self._put(name, adapter, _decoded(key, content))
+            await self._put(name, adapter, content)
         return None
 
     async def unload(self, scope: Scope, receive: Receive) -> Any:
@@ -158,31 +160,18 @@ class _Routes:
         headers = [
             (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
             (b"content-length", b"%d" % len(text)),
+            *scope["deployfa"]["headers"],
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": text, "more_body": False})
 
     async def logging(self, scope: Scope, receive: Receive) -> Any:
+        service = self.service
         if scope["method"] == "POST":
-            self.service.access.check_admin(scope)
+            service.access.check_admin(scope)
             asked = await self._object(scope, receive)
-            unknown = sorted(
-                set(asked) - {"log_info", "log_warning", "log_error", "log_verbose_level", "log_format", "log_file"}
-            )
-            if unknown:
-                raise RequestError(f"'{unknown[0][:80]}' is no log setting; there are: log_info, log_verbose_level")
-            self.service.log_requests = bool(asked.get("log_info", self.service.log_requests))
-            if "log_verbose_level" in asked:
-                self.service.log.setLevel(logging.DEBUG if asked["log_verbose_level"] else logging.INFO)
-        verbose = int(self.service.log.isEnabledFor(logging.DEBUG))
-        return {
-            "log_file": "",
-            "log_info": self.service.log_requests,
-            "log_warning": True,
-            "log_error": True,
-            "log_verbose_level": verbose,
-            "log_format": "json",
-        }
+            service.log_requests = change_log(service.log, asked, requests=service.log_requests)
+        return shown_log(service.log, requests=service.log_requests)
 
     async def trace(self, scope: Scope, receive: Receive) -> Any:
         """Traces are not taken: always off."""
@@ -297,6 +286,16 @@ def _refused(error: Exception) -> Exception:
     if isinstance(error, DeployfaError):
         return RequestError(str(error), 503 if isinstance(error, StorageError) else 400)
     return error
+
+
+def _check_config(config: Any) -> None:
+    """Triton's clients must send one along with files; it says nothing that a bundle does not say."""
+    try:
+        empty = config is None or msgspec.json.decode(config, type=dict[str, Any]) == {}
+    except (TypeError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        empty = False
+    if not empty:
+        raise RequestError("'config' cannot be overridden: the bundle says what the model is; send '{}' or none")
 
 
 def _suffix(content: bytes) -> str:
