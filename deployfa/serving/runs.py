@@ -73,7 +73,7 @@ class BatchRunner:
         start = 0
         for work, count in zip(works, counts, strict=True):
             own = signature.parted(outputs, start, count, work.length)
-            answers.append(Answered(own, began - work.arrived, done - ready, rows, padding))
+            answers.append(Answered(own, began - work.arrived, done - ready, rows, padding, ready - began))
             start += count
         self.broken = None
         self._statistics.ran(rows, ready - began, done - ready, time.monotonic() - done)

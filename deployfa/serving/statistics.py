@@ -13,6 +13,8 @@ from deployfa.serving.work import Answered
 
 __all__ = ["ModelStatistics"]
 
+_SUMS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+
 
 class _Sum:
     __slots__ = ("count", "ns")
@@ -33,8 +35,7 @@ class ModelStatistics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums = {name: _Sum() for name in ("success", "fail", "queue", "compute_infer", "compute_output")}
-        self._input = _Sum()
+        self._sums = {name: _Sum() for name in _SUMS}
         self._batches: dict[int, tuple[_Sum, _Sum, _Sum]] = {}
         self._rows = self._executions = self._last = 0
 
@@ -43,6 +44,7 @@ class ModelStatistics:
         with self._lock:
             self._sums["success"].add(total_s)
             self._sums["queue"].add(answer.queue_s)
+            self._sums["compute_input"].add(answer.input_s)
             self._sums["compute_infer"].add(answer.compute_s)
             self._sums["compute_output"].add(output_s)
             self._rows += rows
@@ -59,14 +61,13 @@ class ModelStatistics:
             sums = self._batches.setdefault(rows, (_Sum(), _Sum(), _Sum()))
             for each, seconds in zip(sums, (input_s, compute_s, output_s), strict=True):
                 each.add(seconds)
-            self._input.add(input_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:
         """One element of the protocol's ``model_stats``."""
         with self._lock:
             none = {"count": 0, "ns": 0}
             sums = {name: each.shown() for name, each in self._sums.items()}
-            sums |= {"compute_input": self._input.shown(), "cache_hit": none, "cache_miss": none}
+            sums |= {"cache_hit": none, "cache_miss": none}
             batches = [
                 {
                     "batch_size": rows,

@@ -16,7 +16,7 @@ __all__ = ["Answered", "Work"]
 class Answered:
     """What the model said to one request.  Times in seconds; ``batch_rows``: of the batch that it rode in.
 
-    ``padding``: which share of that batch's positions, in [0, 1), was padding.
+    ``padding``: which share of that batch's positions, in [0, 1), was padding; ``input_s``: to put the batch together.
     """
 
     outputs: Mapping[str, Array]
@@ -24,6 +24,7 @@ class Answered:
     compute_s: float
     batch_rows: int
     padding: float
+    input_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
