@@ -63,6 +63,8 @@ class _Application:
                 f"{error.detail.lower()}: {scope['method']} {scope['path'][:200]}", error.status_code
             )
             told["error"] = str(refused)
+            # which methods there are
+            told["headers"] += [(key.lower().encode(), value.encode()) for key, value in (error.headers or {}).items()]
             await self._refuse(refused, told, status, sending)
         except Exception as error:
             told["error"] = f"{type(error).__name__}: {error}"
