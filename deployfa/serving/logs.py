@@ -6,7 +6,10 @@ does not fit any more is counted and said.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -32,7 +35,11 @@ class JsonFormatter(logging.Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return _ENCODER.encode(line).decode()
+        try:
+            return _ENCODER.encode(line).decode()
+        except UnicodeEncodeError:
+            # a file name that is no UTF-8; the json module writes what is not text as an escape
+            return json.dumps(line, default=str)
 
 
 class LineHandler(logging.Handler):
@@ -45,6 +52,7 @@ class LineHandler(logging.Handler):
         self._most = most
         self._every_s = every_s
         self.lost = 0
+        self._file = _descriptor(stream)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="deployfa-logs", daemon=True)
         self._thread.start()
@@ -56,9 +64,10 @@ class LineHandler(logging.Handler):
         self._lines.append(record)
 
     def close(self) -> None:
-        """Write what waits."""
-        self._stop.set()
-        self._thread.join(timeout=2.0)
+        """Write what waits, if somebody reads it within 2 s."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join(timeout=2.0)
         super().close()
 
     def _write_on(self) -> None:
@@ -70,18 +79,43 @@ class LineHandler(logging.Handler):
     def _write(self) -> None:
         pieces = []
         while self._lines:
-            pieces.append(self.format(self._lines.popleft()) + "\n")
+            pieces.append(self._line(self._lines.popleft()) + "\n")
         if self.lost:
             told, self.lost = self.lost, 0
-            pieces.append(
-                _ENCODER.encode({"time": _now(), "level": "warning", "event": f"{told} lines lost"}).decode() + "\n"
-            )
+            pieces.append(_said("warning", f"{told} lines lost") + "\n")
         if pieces:
-            try:
-                self._stream.write("".join(pieces))
-                self._stream.flush()
-            except (OSError, ValueError):
-                pass  # nobody reads any more: that is no reason to stop answering
+            # that nobody reads any more is no reason to stop answering
+            with contextlib.suppress(OSError, ValueError):
+                self._put("".join(pieces))
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record)
+        except Exception as error:
+            # one line that cannot be written must not end all later ones
+            return _said("error", f"the line {record.msg!r} cannot be written ({type(error).__name__})")
+
+    def _put(self, text: str) -> None:
+        if self._file is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        # past the stream's buffer, whose lock the interpreter takes at its end: this thread may wait here for ever
+        content = memoryview(text.encode())
+        while content:
+            content = content[os.write(self._file, content) :]
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, AttributeError):
+        return None  # in memory
+
+
+def _said(level: str, event: str) -> str:
+    stamp = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+    return _ENCODER.encode({"time": stamp, "level": level, "event": event}).decode()
 
 
 def start_logging(level: str, stream: TextIO | None = None) -> logging.Logger:
@@ -100,7 +134,3 @@ def stop_logging() -> None:
     """Write what waits."""
     for handler in list(logging.getLogger(LOGGER).handlers):
         handler.close()
-
-
-def _now() -> str:
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
