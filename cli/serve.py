@@ -96,12 +96,18 @@ def serve(
         from deployfa.serving.opening import Running
         from deployfa.serving.service import Access
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "uvicorn", "serve", "serving") from error
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "deployfa"):
+            raise  # our own mistake, which no installing mends
+        raise MissingExtraError(missing, "serve", "serving") from error
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise InputError(f"--log-level is {log_level}; pass debug, info, warning or error")
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
         raise InputError("TLS needs a certificate and its key; pass --tls-cert and --tls-key")
+    for option, given in (("--token", token), ("--admin-token", admin_token)):
+        if given is not None and (not given.strip() or given != given.strip()):
+            raise InputError(f"{option} is empty, or begins or ends in a space, which no header can send; pass another")
     tls = None
     if tls_cert is not None and tls_key is not None:
         tls = server.Tls(certificate=tls_cert, key=tls_key, client_ca=tls_client_ca)
@@ -149,7 +155,7 @@ def _named(bundles: list[Path]) -> dict[str, Path]:
         if not equals or given.exists():
             path = str(given)
             name = Path(path).resolve().name.removesuffix(".bundle")
-        if not name or not name.isprintable() or "/" in name:
+        if name in ("", ".", "..") or not name.isprintable() or "/" in name:
             raise InputError(f"'{name}' cannot name a model; pass NAME=DIRECTORY with a plain name")
         if name in found:
             raise InputError(f"two bundles are called '{name}'; pass NAME=DIRECTORY for one of them")

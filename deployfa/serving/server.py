@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+from deployfa.bundle import Bundle
 from deployfa.errors import InputError, RequestError
 from deployfa.serving.app import make_app
 from deployfa.serving.connection import guarded
@@ -71,10 +72,11 @@ def serve(options: ServeOptions) -> int:
     """Until SIGTERM or Ctrl-C.  Returns the exit status: 0, or 1 if answers were still owed after ``drain_s``.
 
     Raises ``InputError`` for an address that cannot be listened on, for certificates that cannot be read, and for a
-    bundle that cannot be served.
+    bundle that cannot be served, ``BundleError`` for what is none.
     """
-    listening = _listen(options)
     _check_tls(options.tls)
+    _check_bundles(options.bundles)
+    listening = _listen(options)
     log = start_logging(options.log_level)
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
@@ -219,19 +221,35 @@ def _listen(options: ServeOptions) -> socket.socket:
         ) from error
 
 
+def _check_bundles(bundles: Mapping[str, Path]) -> None:
+    """What is no bundle is said before anything listens; damaged files show when they are loaded."""
+    for path in bundles.values():
+        Bundle.open(path, check_files=False)
+
+
 def _check_tls(tls: Tls | None) -> None:
     """What uvicorn would end the process for, as one line."""
     if tls is None:
         return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
+        context.load_cert_chain(tls.certificate, tls.key, password=_no_password)
     except (OSError, ssl.SSLError) as error:
         raise InputError(
             f"'{tls.certificate}' and '{tls.key}' cannot be used ({error}); pass a certificate and its key as PEM files"
         ) from error
+    if tls.client_ca is not None:
+        try:
+            context.load_verify_locations(tls.client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(
+                f"'{tls.client_ca}' cannot be used ({error}); pass the certificate of who signs clients, a PEM file"
+            ) from error
+
+
+def _no_password() -> str:
+    """Asked for a key that has one; else OpenSSL would ask whoever sits at the terminal, and wait."""
+    raise InputError("the key of --tls-key has a password; pass one without: openssl pkey -in KEY -out PLAIN")
 
 
 def _loop_factory() -> Any:
