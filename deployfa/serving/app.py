@@ -35,7 +35,7 @@ class _Application:
         if scope["type"] != "http":
             raise RequestError(f"this server does not speak {scope['type']}; send HTTP requests")
         began = time.monotonic()
-        told: dict[str, Any] = {}
+        told: dict[str, Any] = {"intake": self._service.intake}
         status = 0
 
         async def sending(message: Any) -> None:
@@ -71,6 +71,7 @@ class _Application:
             self._service.log.error("request failed", exc_info=error, extra={"fields": self._fields(scope, told)})
             await self._refuse(RequestError("internal error; see the server's log", 500), told, status, sending)
         finally:
+            self._service.intake.let_go(told)
             if self._service.log_requests and self._service.log.isEnabledFor(logging.INFO):
                 # once the answer is on its way
                 asyncio.get_running_loop().call_soon(self._tell, scope, told, status, time.monotonic() - began)
@@ -91,7 +92,7 @@ class _Application:
         client = scope.get("client")
         if client:
             fields["client"] = client[0]
-        return fields | {key: value for key, value in told.items() if key not in ("headers", "counted")}
+        return fields | {key: value for key, value in told.items() if key not in ("headers", "counted", "intake")}
 
 
 def make_app(service: Service, *, cors_origins: Sequence[str] = ()) -> Any:

@@ -13,7 +13,18 @@ from deployfa.errors import RequestError
 from deployfa.serving.compression import compress, decompress
 from deployfa.serving.limits import Limits
 
-__all__ = ["Headers", "Receive", "Scope", "Send", "header", "read_body", "send_answer", "send_error", "send_json"]
+__all__ = [
+    "Headers",
+    "Intake",
+    "Receive",
+    "Scope",
+    "Send",
+    "header",
+    "read_body",
+    "send_answer",
+    "send_error",
+    "send_json",
+]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -35,6 +46,25 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return found
 
 
+class Intake:
+    """Bytes of bodies that the server holds at this moment, of all requests that it has not answered yet."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def hold(self, told: MutableMapping[str, Any], count: int) -> None:
+        """On account of the request that ``told`` is of.  Raises ``RequestError``, 503, beyond the limit."""
+        if self.held + count > self._limit:
+            raise RequestError(f"requests of {self.held:,} bytes are being answered; try again", 503, retry_after_s=1.0)
+        self.held += count
+        told["held"] = told.get("held", 0) + count
+
+    def let_go(self, told: MutableMapping[str, Any]) -> None:
+        """The request is answered."""
+        self.held -= told.pop("held", 0)
+
+
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     """The whole body, decompressed.  Raises ``RequestError``: 413 for one too large, as soon as that is known, and 499
     if the client went away."""
@@ -42,14 +72,18 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     # what is no number never comes this far: the parser has refused it
     if length is not None and int(length) > limits.body_bytes:
         raise _too_large(limits)
+    told = scope["deployfa"]
+    intake: Intake = told["intake"]
     message = await receive()
     body: bytes = message.get("body", b"")
     if message.get("more_body", False):
         pieces, size = [body], len(body)
+        intake.hold(told, size)
         while message.get("more_body", False):
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
+            intake.hold(told, len(message["body"]))
             size += len(message["body"])
             if size > limits.body_bytes:
                 # an error holds the frame that it comes from, and may outlive the request
@@ -65,7 +99,9 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     if encoding is None or encoding == b"identity":
         return body
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, decompress, body, encoding.decode("latin-1").lower(), limits.body_bytes)
+    body = await loop.run_in_executor(None, decompress, body, encoding.decode("latin-1").lower(), limits.body_bytes)
+    intake.hold(told, len(body))
+    return body
 
 
 async def send_answer(

@@ -12,7 +12,7 @@ class Limits:
     """Sizes in bytes, times in seconds.
 
     ``body_bytes``: of a request, after decompression too; ``json_bytes``: of its JSON part; ``header_bytes``: of the
-    request line and all headers; ``elements``: of all tensors of a request; ``text_bytes``: of one text.
+    request line and all headers; ``held_bytes``: of the bodies of all requests together; ``elements``: of all tensors of a request; ``text_bytes``: of one text.
     ``read_s``: by when a request must have arrived whole, counted from its first byte; ``idle_s``: how long a
     connection may wait for its next request; ``write_s``: how long a client may leave an answer unread.
     """
@@ -20,6 +20,7 @@ class Limits:
     body_bytes: int = 32 * 2**20
     json_bytes: int = 8 * 2**20
     header_bytes: int = 32 * 2**10
+    held_bytes: int = 512 * 2**20
     tensors: int = 64
     dimensions: int = 8
     elements: int = 16 * 2**20

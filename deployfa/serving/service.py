@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from deployfa.errors import RequestError
-from deployfa.serving.http import Scope, header
+from deployfa.serving.http import Intake, Scope, header
 from deployfa.serving.limits import Limits
 from deployfa.serving.logs import LOGGER
 from deployfa.serving.metrics import Metrics
@@ -61,9 +61,13 @@ class Service:
     timeout_s: float = 60.0
     draining: bool = False
     log_requests: bool = True
+    intake: Intake = field(init=False)
     executor: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "deployfa-blocking"))
     log: logging.Logger = field(default_factory=lambda: logging.getLogger(LOGGER))
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(self.limits.held_bytes)
 
     def model(self, name: str, version: str | None) -> ServedModel:
         """Raises ``RequestError``: 404 for one that there is not, 503 for one that is not ready."""
