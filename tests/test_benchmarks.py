@@ -33,6 +33,19 @@ def test_a_changed_figure_changes_the_table_and_the_plot(report: dict[str, Any])
     assert drawn.startswith("<?xml") and "16 mixed, 16x32" in drawn and draw(other) != drawn
 
 
+def test_the_table_of_serving_is_made_from_its_figures() -> None:
+    import serving_table
+
+    content = json.loads((RESULTS / "serving.json").read_text(encoding="utf-8"))
+    assert set(content["parts"]) == set(serving_table.TARGETS)
+    shown = (RESULTS / "serving.md").read_text(encoding="utf-8")
+    assert shown == serving_table.markdown(content)
+    content["parts"]["overhead"]["results"][0]["overhead_ms"] += 1.0
+    assert shown != serving_table.markdown(content)
+    (fleet,) = content["parts"]["fleet"]["results"]
+    assert fleet["errors"] == fleet["wrong"] == 0 and fleet["adapters"] == 1000
+
+
 def test_the_table_of_fusions_is_made_from_its_figures() -> None:
     import fusions
 

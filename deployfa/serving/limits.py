@@ -12,9 +12,10 @@ class Limits:
     """Sizes in bytes, times in seconds.
 
     ``body_bytes``: of a request, after decompression too; ``json_bytes``: of its JSON part; ``header_bytes``: of the
-    request line and all headers; ``held_bytes``: of the bodies of all requests together; ``elements``: of all tensors of a request; ``text_bytes``: of one text.
-    ``read_s``: by when a request must have arrived whole, counted from its first byte; ``idle_s``: how long a
-    connection may wait for its next request; ``write_s``: how long a client may leave an answer unread.
+    request line and all headers; ``held_bytes``: of the bodies of all requests together that are not answered yet;
+    ``elements``: of all tensors of a request; ``text_bytes``: of one text.  ``read_s``: by when a request must have
+    arrived whole, counted from its first byte; ``idle_s``: how long a connection may wait for its next request;
+    ``write_s``: how long a client may leave an answer unread.
     """
 
     body_bytes: int = 32 * 2**20
