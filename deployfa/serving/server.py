@@ -112,6 +112,7 @@ async def _serve(options: ServeOptions, listening: socket.socket, log: Any) -> i
     service.repository = Repository(options.bundles, opener)
     metrics.watch(service.repository)
     server = _Server(_config(options, service), service, options.drain_s)
+    metrics.connections.set_function(lambda: len(server.server_state.connections))
     serving = loop.create_task(server.serve(sockets=[listening]))
     failed = await _load_all(service, listening, options, log, server)
     await serving
