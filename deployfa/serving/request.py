@@ -142,20 +142,21 @@ def _inputs(tensors: list[_Tensor], binary: memoryview, limits: Limits) -> dict[
 
 
 def _count(tensor: _Tensor, limits: Limits) -> int:
-    """Elements of the shape; Python's integers do not overflow."""
+    """Elements of the shape."""
     shape = tensor.shape
     if len(shape) > limits.dimensions:
         raise RequestError(f"input '{tensor.name[:80]}' has {len(shape)} dimensions; send {limits.dimensions} at most")
-    count = 1
+    # a size of 0 hides none of the others, which numpy would still refuse
+    whole = 1
     for size in shape:
         if size < 0:
-            raise RequestError(f"input '{tensor.name[:80]}' has a dimension of {size}; send sizes from 1 on")
-        count *= size
-    if count > limits.elements:
-        raise RequestError(
-            f"input '{tensor.name[:80]}' has {count} elements, more than {limits.elements:,}; send fewer rows", 413
-        )
-    return count
+            raise RequestError(f"input '{tensor.name[:80]}' has a dimension of {str(size)[:40]}; send sizes from 1 on")
+        whole *= size or 1
+        if whole > limits.elements:
+            raise RequestError(
+                f"input '{tensor.name[:80]}' has more than {limits.elements:,} elements; send fewer rows", 413
+            )
+    return 0 if 0 in shape else whole
 
 
 def _outputs(outputs: list[_Output], binary: bool) -> list[WantedOutput]:

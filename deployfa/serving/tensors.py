@@ -80,6 +80,11 @@ def from_binary(
 
 def bytes_tensor(name: str, content: memoryview, count: int, limits: Limits) -> Array:
     """``count`` elements, each its length as 4 bytes, little-endian, and then as many bytes."""
+    if count * _LENGTH.size > len(content):
+        # before there is room made for them
+        raise RequestError(
+            f"input '{name[:80]}' has {len(content)} bytes, too few for {count} elements; send each with its length"
+        )
     found = np.empty(count, object)
     offset = 0
     for number in range(count):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,10 @@ def tensor(**changes: Any) -> dict[str, Any]:
         ([tensor(shape=[-1])], "dimension of -1"),
         ([tensor(shape=[2**64, 2**64])], "more than 1,000"),
         ([tensor(shape=[1] * 9)], "9 dimensions"),
+        ([tensor(shape=[0, 2**63], data=[])], "more than 1,000"),
+        ([tensor(shape=[2**40, 0, 2**40], data=[])], "more than 1,000"),
+        ([tensor(shape=[10**4000] * 8)], "more than 1,000"),
+        ([tensor(shape=[-(10**4000)])], "dimension of -1000"),
         ([tensor(shape=[3])], "2 elements for shape"),
         ([tensor(datatype="INT3")], "there are: BOOL"),
         ([tensor(datatype="FP16")], "send it as binary data"),
@@ -110,6 +116,31 @@ def test_texts_with_wrong_lengths(content: bytes) -> None:
     head = json.dumps({"inputs": [given_]}).encode()
     with pytest.raises(RequestError, match="'x'"):
         parse_request(head + content, str(len(head)).encode(), LIMITS)
+
+
+def test_no_room_is_made_for_texts_that_are_not_there() -> None:
+    """16 million of them, in a request of 200 bytes."""
+    given_ = {"name": "x", "shape": [16 * 2**20], "datatype": "BYTES", "parameters": {"binary_data_size": 4}}
+    head = json.dumps({"inputs": [given_]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="too few for 16777216 elements"):
+            parse_request(head + b"\0\0\0\0", str(len(head)).encode(), Limits())
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.lists(st.one_of(st.integers(-2, 5), st.sampled_from([2**31, 2**63, 2**64, 10**4299])), max_size=9))
+def test_any_shape_is_taken_or_refused(shape: list[int]) -> None:
+    for datatype, data in (("INT64", [1, 2]), ("INT64", []), ("BYTES", [])):
+        body = json.dumps({"inputs": [tensor(shape=shape, datatype=datatype, data=data)]}).encode()
+        with contextlib.suppress(RequestError):
+            assert list(parse_request(body, None, LIMITS).inputs["x"].shape) == shape
+        sent = {"name": "x", "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": 8}}
+        head = json.dumps({"inputs": [sent]}).encode()
+        with contextlib.suppress(RequestError):
+            assert list(parse_request(head + bytes(8), str(len(head)).encode(), LIMITS).inputs["x"].shape) == shape
 
 
 def test_any_byte_but_zero_is_true() -> None:
