@@ -71,7 +71,7 @@ class Batcher:
         """Raises ``RequestError``, 503, when the queue is full, and ``Closed`` when the batcher is."""
         with self._changed:
             if self._closing or not self._thread.is_alive():
-                raise Closed("the model is being unloaded; try again", 503, retry_after_s=1.0)
+                raise _closed()
             self._queue.push(work)
             if not self._computing:
                 self._changed.notify()
@@ -97,6 +97,17 @@ class Batcher:
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # nobody waits for a thread that is no more, whatever ended it
+            with self._changed:
+                self._closing = True
+                left = self._queue.drain()
+            if left:
+                self._give([(work, _closed()) for work in left])
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._computing = 0
@@ -132,9 +143,14 @@ class Batcher:
         began = time.monotonic()
         try:
             answers = self._run(batch, began)
+            if len(answers) != len(batch):
+                raise RuntimeError(f"{len(answers)} answers to {len(batch)} requests")
         except Exception as error:
             # a batch that cannot even be tried is nobody's fault but ours
             answers = [error] * len(batch)
+        except BaseException:
+            self._give([(work, _closed()) for work in batch])
+            raise
         took = time.monotonic() - began
         with self._changed:
             self._queue.learn(sum(work.tokens for work in batch), took)
@@ -155,3 +171,7 @@ class Batcher:
                     work.done(answer)
 
         self._deliver(give_out)
+
+
+def _closed() -> Closed:
+    return Closed("the model is being unloaded; try again", 503, retry_after_s=1.0)

@@ -158,3 +158,44 @@ def test_an_idle_model_waits_for_company_only_if_it_is_told_to(client: Callable[
     patient.ask(1)
     patient.wait(2)
     assert patient.backend.batches == [2]
+
+
+def bare(run: Any, count: int = 3) -> tuple[Batcher, dict[int, Any]]:
+    """Some requests of one batcher, all in its queue before the first is run."""
+    answers: dict[int, Any] = {}
+    go = threading.Event()
+
+    def later(works: Sequence[Work], began: float) -> Any:
+        go.wait(10)
+        return run(works)
+
+    batcher = Batcher(later, Policy(max_rows=2))
+    for number in range(count):
+
+        def done(answer: Any, number: int = number) -> None:
+            answers[number] = answer
+
+        batcher.submit(Work({}, 1, 1, None, TakenRow("a", (), 1), None, 0.0, math.inf, done))
+    go.set()
+    return batcher, answers
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
+    """Those in its hands and those in its queue are told, and who comes later."""
+
+    def dies(works: Sequence[Work]) -> Any:
+        raise SystemExit
+
+    batcher, answers = bare(dies)
+    batcher._thread.join(10)
+    assert not batcher.alive and len(answers) == 3
+    assert all(isinstance(answer, Closed) and answer.status == 503 for answer in answers.values())
+    with pytest.raises(Closed):
+        batcher.submit(Work({}, 1, 1, None, TakenRow("a", (), 1), None, 0.0, math.inf, answers.update))
+
+
+def test_a_wrong_number_of_answers_is_nobodys_answer() -> None:
+    batcher, answers = bare(lambda works: ["an answer"] * (len(works) + 1))
+    assert batcher.close(10)
+    assert len(answers) == 3 and all("answers to" in str(answer) for answer in answers.values())
