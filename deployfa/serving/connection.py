@@ -17,14 +17,16 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
     """A protocol class for uvicorn's ``http`` option.
 
     A request must have arrived whole ``limits.read_s`` after its first byte, or it is answered with 408; a request line
-    and headers of more than ``limits.header_bytes`` with 431; a client that does not read its answer for
-    ``limits.write_s`` is cut off; connections beyond ``limits.connections`` get 503.  Everything is one line of JSON.
+    and headers, or what stands around a body in chunks, of more than ``limits.header_bytes`` with 431; a client that
+    does not read its answer for ``limits.write_s`` is cut off; connections beyond ``limits.connections`` get 503.
+    Everything is one line of JSON.
     """
 
     class Guarded(HttpToolsProtocol):
         _reading: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
-        _head_bytes = 0
+        #: bytes that came since the last that were of use: a head that was whole, or a piece of a body
+        _useless = 0
         _in_head = False
         _receiving = False
 
@@ -34,7 +36,7 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
                 self._refuse(503, f"{limits.connections} connections are open; try again", retry_after=True)
                 return
             # a connection on which nothing ever comes is idle too
-            self.timeout_keep_alive_task = self.loop.call_later(limits.idle_s, self.timeout_keep_alive_handler)
+            self._await_request()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop(reading=True, writing=True)
@@ -44,20 +46,24 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
-            if self._in_head or not self._receiving:
-                self._head_bytes += len(data)
+            self._useless += len(data)
             super().data_received(data)
             if self.transport.is_closing():
                 return
-            if self._in_head and self._head_bytes > limits.header_bytes:
+            if self._receiving and self._useless > limits.header_bytes:
                 self._too_long()
             elif not self._receiving:
                 self._stop(reading=True)
+                if self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
+                    # an empty line, or a body that nobody reads any more: it ended the waiting for a request
+                    self._await_request()
             elif self._reading is None:
                 self._reading = self.loop.call_later(limits.read_s, self._too_slow)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            # the one before is whole: who sends them without a pause has the time again for each
+            self._stop(reading=True)
             self._receiving = self._in_head = True
             self._header_size = 0
 
@@ -66,18 +72,25 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
             self._header_size += len(url)
 
         def on_header(self, name: bytes, value: bytes) -> None:
+            if not self._in_head:
+                return  # behind a body in chunks: nobody asks for it, and it would be kept
             self._header_size += len(name) + len(value) + 4
             super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._in_head = False
-            self._head_bytes = 0
+            self._useless = 0
             if self._header_size > limits.header_bytes:
                 self._too_long()
+                return
+            if self.parser.should_upgrade() and _has_body(self.headers):
+                # the parser takes the body for the other protocol
+                self._refuse(400, "the body would follow an Upgrade; send HTTP/1.1 without that header")
                 return
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
+            self._useless = 0
             if self.cycle is not None:
                 super().on_body(body)
 
@@ -103,6 +116,9 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg.rstrip(".").lower() + "; send HTTP/1.1")
+
+        def _await_request(self) -> None:
+            self.timeout_keep_alive_task = self.loop.call_later(limits.idle_s, self.timeout_keep_alive_handler)
 
         def _too_long(self) -> None:
             self._refuse(431, f"the headers have more than {limits.header_bytes:,} bytes; send shorter ones")
@@ -138,3 +154,7 @@ def guarded(limits: Limits) -> type[HttpToolsProtocol]:
 
     made: Any = Guarded
     return made  # type: ignore[no-any-return]
+
+
+def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and int(value)) for name, value in headers)
