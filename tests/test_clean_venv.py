@@ -28,13 +28,14 @@ def test_nothing_heavy_is_installed(clean_venv: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
 
 
-def test_every_module_but_training_imports(clean_venv: Path, tmp_path: Path) -> None:
+def test_every_module_but_training_and_serving_imports(clean_venv: Path, tmp_path: Path) -> None:
     names = []
     for package, folder in (("deployfa", "deployfa"), ("deployfa.cli", "cli"), ("deployfa.models", "models")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             names.append(".".join((package, *parts)).removesuffix(".__init__"))
-    names = [name for name in names if not name.startswith("deployfa.training") and not name.endswith(".__main__")]
+    needing_more = ("deployfa.training", "deployfa.serving")
+    names = [name for name in names if not name.startswith(needing_more) and not name.endswith(".__main__")]
     assert {"deployfa.adapter.formats", "deployfa.cli", "deployfa.models"} <= set(names)
     code = f"import importlib\nfor name in {names}: print(importlib.import_module(name).__file__)"
     result = run(clean_venv, tmp_path, "-c", code)
@@ -69,6 +70,13 @@ def test_a_device_places_runs_verifies_and_benches_without_torch(
     ):
         result = run(deployfa, tmp_path, *command)
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("words", [("serve", "x.bundle"), ("load", "http://localhost:1", "--rate", "1")])
+def test_serving_and_loading_say_which_extra(clean_venv: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    result = run(clean_venv.with_name("deployfa"), tmp_path, *words)
+    assert result.returncode == 2 and "pip install 'deployfa[serve]'" in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_what_needs_torch_says_which_extra(clean_venv: Path, small_data: dict[str, Path], tmp_path: Path) -> None:
