@@ -73,6 +73,10 @@ def serve(
         float, typer.Option("--read-timeout", min=0.1, help="By when a request must have arrived whole (s).")
     ] = 30.0,
     max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="Open at once.")] = 1024,
+    metrics_adapters: Annotated[
+        int,
+        typer.Option("--metrics-adapters", min=0, help="Adapters with their own series at /metrics; more are _other."),
+    ] = 100,
     log_level: Annotated[
         str, typer.Option("--log-level", help="debug, info (a line for each request), warning or error.")
     ] = "info",
@@ -140,6 +144,7 @@ def serve(
         timeout_s=timeout,
         drain_s=drain_timeout,
         cors_origins=cors_origin or [],
+        metric_adapters=metrics_adapters,
         log_level=log_level,
     )
     status = server.serve(options)

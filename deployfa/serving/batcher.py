@@ -58,12 +58,6 @@ class Batcher:
         return len(self._queue)
 
     @property
-    def busy(self) -> bool:
-        """Whether anything waits or runs."""
-        with self._changed:
-            return self._computing > 0 or len(self._queue) > 0
-
-    @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 

@@ -101,10 +101,6 @@ class ServedModel:
             return self._runs.broken
         return None if self._batcher.alive else "it is being unloaded"
 
-    def wait_s(self) -> float:
-        """About how long a new request would wait."""
-        return self._batcher.wait_s()
-
     def warm_up(self) -> None:
         """Run what a first request would otherwise pay for: memory, kernels, every power of two of rows.
 

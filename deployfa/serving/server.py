@@ -10,6 +10,7 @@ import ssl
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -92,24 +93,25 @@ def serve(options: ServeOptions) -> int:
 async def _serve(options: ServeOptions, listening: socket.socket, log: Any) -> int:
     loop = asyncio.get_running_loop()
     metrics = Metrics(max_adapters=options.metric_adapters)
-    service = Service(
-        repository=Repository({}, _none),
-        metrics=metrics,
-        limits=options.limits,
-        access=options.access,
-        timeout_s=options.timeout_s,
-        log=log,
-    )
+    executor = ThreadPoolExecutor(4, "deployfa-blocking")
     opener = ModelOpener(
         options.running,
         options.policy,
         state=options.state,
         loop=loop,
-        executor=service.executor,
+        executor=executor,
         observe=metrics.ran,
         log=log,
     )
-    service.repository = Repository(options.bundles, opener)
+    service = Service(
+        repository=Repository(options.bundles, opener),
+        metrics=metrics,
+        limits=options.limits,
+        access=options.access,
+        executor=executor,
+        timeout_s=options.timeout_s,
+        log=log,
+    )
     metrics.watch(service.repository)
     server = _Server(_config(options, service), service, options.drain_s)
     metrics.connections.set_function(lambda: len(server.server_state.connections))
@@ -259,7 +261,3 @@ def _loop_factory() -> Any:
     except ModuleNotFoundError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
-
-
-def _none(name: str, path: Path) -> Any:
-    raise AssertionError("no model is loaded before there is a repository")

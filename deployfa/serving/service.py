@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from deployfa.errors import RequestError
@@ -52,19 +51,19 @@ class Access:
 
 @dataclass(kw_only=True)
 class Service:
-    """``timeout_s``: of a request that names none, and the longest that one can name."""
+    """``executor``: for what would hold up the event loop.  ``timeout_s``: of a request that names none, and the
+    longest that one can name."""
 
     repository: Repository
     metrics: Metrics
     limits: Limits
     access: Access
+    executor: Executor
     timeout_s: float = 60.0
     draining: bool = False
     log_requests: bool = True
     intake: Intake = field(init=False)
-    executor: Executor = field(default_factory=lambda: ThreadPoolExecutor(4, "deployfa-blocking"))
     log: logging.Logger = field(default_factory=lambda: logging.getLogger(LOGGER))
-    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.limits.held_bytes)
