@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.pytorch_utils import Conv1D
 
 from deployfa.assets import fetch
-from deployfa.training.base_graph import TEXT
+from deployfa.training.samples import TEXT
 
 __all__ = ["ARCHITECTURES", "Architecture"]
 

@@ -94,7 +94,7 @@ def fit_once(
             {},
             label_names(rows),
             FitOptions(method=method, learning_rate=METHODS[method], epochs=1, **options),  # type: ignore[arg-type]
-            tokenizer=Path(folder),
+            folder=Path(folder),
             work=Path(folder) / "work",
             progress=progress,
         )

@@ -27,12 +27,12 @@ from deployfa.edits import Array
 from deployfa.errors import ExportError, InputError, MissingExtraError, StorageError
 from deployfa.graph.evaluate import evaluate
 from deployfa.graph.storage import GRAPH, load_graph, save_graph
-from deployfa.preprocess import TOKENIZER_FILES
+from deployfa.preprocess import TOKENIZER_FILES, Preprocessing, Preprocessor, open_preprocessor
 
-__all__ = ["BaseGraph", "base_graph", "copy_tokenizer"]
+__all__ = ["BaseGraph", "base_graph", "copy_preprocessor"]
 
 #: Raised when the export changes what it writes, so that older entries are made again.
-_REVISION = 3
+_REVISION = 4
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
@@ -42,7 +42,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     architecture: str
     sources: dict[str, str]
-    max_length: int
+    preprocessing: Preprocessing
     versions: dict[str, str]
     export_error: float
     labels: list[str]
@@ -77,8 +77,12 @@ class BaseGraph:
         return self.entry.labels
 
     @property
-    def max_length(self) -> int:
-        return self.entry.max_length
+    def preprocessing(self) -> Preprocessing:
+        return self.entry.preprocessing
+
+    def preprocessor(self) -> Preprocessor:
+        """What makes this graph's feeds."""
+        return open_preprocessor(self.folder, self.entry.preprocessing)
 
     @property
     def export_error(self) -> float:
@@ -149,18 +153,18 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
         if entry is not None:
             return BaseGraph(folder, entry, warnings, made_now=False, name=base.name)
         from deployfa.training.base_graph import export_base_graph, probe
-        from deployfa.training.tokenizer import save_tokenizer
+        from deployfa.training.preprocessing import save_preprocessor
 
         graph = export_base_graph(base)
         export_error = _check(graph, *probe(base))
         with write_directory(folder, force=True) as partial:
             save_graph(graph, partial)
-            save_tokenizer(name, partial)
+            preprocessing = save_preprocessor(base, partial)
             entry = _Entry(
                 fingerprint=fingerprint,
                 architecture=base.architecture,
                 sources=_sources(Path(name)),
-                max_length=base.max_length,
+                preprocessing=preprocessing,
                 versions=versions(),
                 export_error=export_error,
                 labels=_label_names(base.model.config),
@@ -229,7 +233,7 @@ def _sources(model: Path) -> dict[str, str]:
     return {file.name: sha256_file(file) for file in files}
 
 
-def copy_tokenizer(base: BaseGraph, folder: Path) -> None:
+def copy_preprocessor(base: BaseGraph, folder: Path) -> None:
     """Put the tokenizer files of ``base`` into ``folder``."""
     for name in TOKENIZER_FILES:
         file = base.folder / name

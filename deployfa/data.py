@@ -25,6 +25,11 @@ class Row:
     line: int = field(default=0, compare=False)
     """Where the row starts in its file, counted from 1; 0 for a row that came from no file."""
 
+    @property
+    def item(self) -> str:
+        """What the model is fed."""
+        return self.text
+
 
 def read_rows(path: Path, *, need_label: bool = True) -> list[Row]:
     """The rows of ``path``, in order: ``.csv`` with a header, or ``.jsonl``/``.ndjson`` with one object a line.

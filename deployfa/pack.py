@@ -27,11 +27,9 @@ from deployfa.graph.row_defaults import attach_defaults, bake, default_strength
 from deployfa.graph.row_layout import answer_width, base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import ADAPTER_IDS, add_tables
 from deployfa.kept_fusions import compare_fusions
-from deployfa.parity.cases import SENTENCES
 from deployfa.parity.mixed import mixed_truth
 from deployfa.parity.other import Other
 from deployfa.pipeline import DEFAULT_SHAPES, Content, check_effect, check_export_options, write_bundle
-from deployfa.preprocess import TextPreprocessor
 from deployfa.tables import Layout, Member, base_row, row_of, write_fleet
 from deployfa.tables.checks import check_name
 from deployfa.tables.lease import unknown_name
@@ -107,13 +105,13 @@ def pack(
                 raise type(error)(f"adapter '{name}': {error}") from error
 
     tables = add_tables(graph, layout)
-    preprocessor = TextPreprocessor(base.folder, max_length=base.max_length)
+    preprocessor = base.preprocessor()
     chosen_rows = sorted({*np.linspace(1, len(names), min(check, len(names))).round().astype(int).tolist()})
     cases, noise = mixed_truth(
         graph,
         {row: partial(adapters.__getitem__, names[row - 1]) for row in chosen_rows},
         preprocessor,
-        [row.text for row in rows] if rows else list(SENTENCES),
+        [row.item for row in rows] if rows else preprocessor.samples,
         labels=answer_width(graph, layout),
         silent=lambda _, adapter, cases, noise: check_effect(adapter, cases, noise),
         status=say,

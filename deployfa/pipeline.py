@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from deployfa.adapter import Adapter, BaseReference
 from deployfa.atomic import check_output, write_directory
-from deployfa.base_graphs import BaseGraph, base_graph, copy_tokenizer
+from deployfa.base_graphs import BaseGraph, base_graph, copy_preprocessor
 from deployfa.bench import Shape
 from deployfa.bundle import Bundle, Manifest
 from deployfa.bundle.bundle import sha256_file, versions, write_manifest
@@ -24,7 +24,6 @@ from deployfa.bundle.manifest import (
     FusedCount,
     GraphSummary,
     Optimization,
-    Preprocessing,
     Reference,
     Slots,
     Tables,
@@ -38,9 +37,8 @@ from deployfa.graph.optimize import FUSIONS, fuse
 from deployfa.graph.plan import Prefer, Preference
 from deployfa.graph.storage import GRAPH, save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
-from deployfa.parity.cases import SENTENCES, Case, text_cases, write_cases
+from deployfa.parity.cases import Case, make_cases, write_cases
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
-from deployfa.preprocess import TextPreprocessor
 from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 
 __all__ = [
@@ -112,7 +110,7 @@ def export(
     """Write the bundle of ``adapter`` to ``out``, whole or not at all.
 
     ``optimize``: ``auto`` times every fusion at ``shapes`` and keeps the fastest that agrees with the reference; or a
-    key of ``deployfa.graph.optimize.FUSIONS``.  ``rows``: texts for the stored reference, built-in sentences if none.
+    key of ``deployfa.graph.optimize.FUSIONS``.  ``rows``: for the stored reference, built-in samples if none.
     Neither the adapter nor the base is changed.
     """
     say = status or (lambda _: None)
@@ -172,7 +170,7 @@ def write_bundle(out: Path, content: Content, *, force: bool = False) -> Bundle:
     """Write the directory and open it, which checks it."""
     with write_directory(out, force=force) as folder:
         save_graph(content.fused, folder, share_equal=content.slots is not None)
-        copy_tokenizer(content.base, folder)
+        copy_preprocessor(content.base, folder)
         if content.write is None:
             content.adapter.save(folder / "adapter.safetensors")
         else:
@@ -218,10 +216,10 @@ def headed(graph: ir.Model, adapter: Adapter) -> ir.Model:
 def reference(
     base: BaseGraph, graph: ir.Model, adapter: Adapter, rows: Sequence[Row] | None
 ) -> tuple[list[Case], Noise]:
-    """The stored reference of a bundle, on ``rows`` or on the built-in sentences, and the noise it is judged by."""
-    preprocessor = TextPreprocessor(base.folder, max_length=base.max_length)
-    texts = [row.text for row in rows] if rows else list(SENTENCES)
-    return graph_truth(graph, adapter, text_cases(preprocessor, texts))
+    """The stored reference of a bundle, on ``rows`` or on built-in samples, and the noise it is judged by."""
+    preprocessor = base.preprocessor()
+    items = [row.item for row in rows] if rows else preprocessor.samples
+    return graph_truth(graph, adapter, make_cases(preprocessor, items))
 
 
 def check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None:
@@ -255,7 +253,7 @@ def _manifest(folder: Path, content: Content) -> Manifest:
         ),
         optimization=content.optimization,
         fusions=content.fusions,
-        preprocessing=Preprocessing(kind="text", max_length=base.max_length),
+        preprocessing=base.preprocessing,
         reference=stored_reference(_REFERENCE, content.cases, content.noise),
         labels=list(adapter.labels or base.labels),
         versions=versions(),
@@ -271,7 +269,7 @@ def stored_reference(file: str, cases: Sequence[Case], noise: Noise) -> Referenc
     return Reference(
         file=file,
         kind=GRAPH_TRUTH,
-        rows=sum(len(case.feeds["input_ids"]) for case in cases),
+        rows=sum(case.size for case in cases),
         noise=noise.relative,
         noise_max_abs=noise.max_abs,
     )

@@ -97,7 +97,7 @@ def train(
             domains,
             labels,
             chosen,
-            tokenizer=Path(folder),
+            folder=Path(folder),
             work=work,
             resume=resume,
             progress=progress,

@@ -177,7 +177,7 @@ def slot_bundles(shared: Path, trained: dict[str, Path]) -> dict[str, Path]:
     """
     from deployfa.adapter import Adapter
     from deployfa.data import Row
-    from deployfa.parity.cases import SENTENCES
+    from deployfa.preprocess.sentences import SENTENCES
     from deployfa.slots import export_slots
 
     options = {

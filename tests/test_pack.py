@@ -20,11 +20,12 @@ from deployfa.errors import BaseMismatchError, BundleError, DeployfaError, Input
 from deployfa.mixed import MixedRunner, open_table
 from deployfa.pack import FLEET, other_in_pack, pack
 from deployfa.parity import verify
-from deployfa.parity.cases import SENTENCES, read_cases, write_cases
+from deployfa.parity.cases import read_cases, write_cases
 from deployfa.parity.measures import LIMIT, normwise
 from deployfa.pipeline import export
 from deployfa.predict import Predictor
 from deployfa.preprocess import TextPreprocessor
+from deployfa.preprocess.sentences import SENTENCES
 
 TEXTS = [SENTENCES[number] for number in (0, 1, 2, 5, 9, 14, 20, 31, 40, 55, 60, 69)]
 

@@ -32,12 +32,13 @@ from deployfa.errors import (
 )
 from deployfa.graph.storage import load_graph, save_graph
 from deployfa.parity import verify
-from deployfa.parity.cases import SENTENCES, read_cases
+from deployfa.parity.cases import read_cases
 from deployfa.parity.measures import LIMIT, normwise
 from deployfa.parity.slots import run_slots
 from deployfa.parity.truth import run_graph
 from deployfa.pipeline import export, fused_base
 from deployfa.predict import Predictor
+from deployfa.preprocess.sentences import SENTENCES
 from deployfa.runtimes.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from deployfa.slots import export_slots, other_in_slots, slot_adapter, slot_row, write_slot
 from deployfa.unfused import unfused

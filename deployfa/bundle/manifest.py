@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from deployfa.adapter import BaseReference
+from deployfa.preprocess import Preprocessing
 from deployfa.runtimes.tensorrt.record import EngineRecord
 from deployfa.tables import Layout, Member
 
@@ -85,13 +86,6 @@ class FusedCount(msgspec.Struct, frozen=True, kw_only=True):
 
     base: int
     adapted: int
-
-
-class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
-    """How raw input becomes feeds."""
-
-    kind: str
-    max_length: int
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,74 +6,51 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deployfa.adapter.safetensors_io import read_safetensors, write_safetensors
 from deployfa.edits import Array
 from deployfa.errors import BundleError
-from deployfa.preprocess import TextPreprocessor
+from deployfa.preprocess import Preprocessor
 
-__all__ = ["SENTENCES", "Case", "narrowed", "read_cases", "text_cases", "widened", "write_cases"]
-
-_SUBJECTS = (
-    "The film",
-    "This phone",
-    "The service here",
-    "My new laptop",
-    "The battery",
-    "The committee's report",
-)
-_REMARKS = (
-    "was a joy.",
-    "is dreadful!",
-    "could have been worse.",
-    "never gets going, sadly.",
-    "surprised all of us.",
-    "does what it says.",
-    "is not as bad as they claim.",
-    "left me cold :(",
-    "deserves every prize it won.",
-    "broke after 3 days.",
-    "will be discussed on Tuesday.",
-)
-#: Used when no data is given.  Many rows, because the ratio of two noises scatters by about 1/sqrt(rows); short ones,
-#: because float64 in numpy is slow; a few long and odd ones.
-SENTENCES = (
-    "The plot was good, but the characters are uncompelling and the dialogue is not great.",
-    "ok",
-    "Not the worst thing I have seen this year, though 1999's original did more with a tenth of the money :-(",
-    "Smart, funny and handsome — everything its dull, lumbering, over-long predecessor was not.",
-    *(f"{subject} {remark}" for subject in _SUBJECTS for remark in _REMARKS),
-)
+__all__ = ["Case", "make_cases", "narrowed", "read_cases", "widened", "write_cases"]
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
     """One call: feeds, the float64 truth, and the base's float32 answer with the same head (logits: (batch, labels)).
 
-    ``rows`` are the positions of its rows in the data, ``None`` for a case that repeats rows at another shape.
+    ``rows`` are the positions of its rows in the data, ``None`` for a case that repeats rows at another shape;
+    ``items`` the same in either case, as long as nobody has stored it.
     """
 
     feeds: Mapping[str, Array]
     truth: Array | None = None
     base: Array | None = None
     rows: tuple[int, ...] | None = None
+    items: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Rows; preprocessors put an input with the batch in front first."""
+        return len(next(iter(self.feeds.values())) if self.truth is None else self.truth)
 
 
-def text_cases(preprocessor: TextPreprocessor, texts: Sequence[str], *, batch_size: int = 32) -> list[Case]:
-    """Every row once, batched by length; and besides: one row alone, the shortest, the longest, a batch padded by 7."""
-    lengths = preprocessor.lengths(texts)
-    order = np.argsort(lengths, kind="stable")
-    cases = [
-        Case(preprocessor.encode([texts[i] for i in chunk]), rows=tuple(int(i) for i in chunk))
-        for chunk in (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    ]
-    for position in dict.fromkeys((0, int(order[0]), int(order[-1]))):
-        cases.append(Case(preprocessor.encode([texts[position]])))
-    padded = [texts[i] for i in order[-4:]]
-    width = min(max(preprocessor.lengths(padded)) + 7, preprocessor.max_length)
-    cases.append(Case(preprocessor.encode(padded, length=width)))
+def make_cases(preprocessor: Preprocessor, items: Sequence[Any], *, batch_size: int = 32) -> list[Case]:
+    """Every item once, batched by length; and besides: one alone, the shortest, the longest, a batch padded by 7."""
+    lengths = preprocessor.lengths(items)
+    order = [int(position) for position in np.argsort(lengths, kind="stable")]
+
+    def case(chosen: Sequence[int], *, again: bool = True, length: int | None = None) -> Case:
+        feeds = preprocessor.encode([items[i] for i in chosen], length=length)
+        return Case(feeds, rows=None if again else tuple(chosen), items=tuple(chosen))
+
+    cases = [case(order[start : start + batch_size], again=False) for start in range(0, len(order), batch_size)]
+    cases += [case([position]) for position in dict.fromkeys((0, order[0], order[-1]))]
+    last = order[-4:]
+    cases.append(case(last, length=min(max(lengths[i] for i in last) + 7, preprocessor.max_length)))
     return cases
 
 

@@ -18,13 +18,13 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
 from deployfa.graph.row_ops import ADAPTER_IDS
 from deployfa.metrics import Labels
-from deployfa.parity.cases import SENTENCES, Case, narrowed, read_cases, text_cases
+from deployfa.parity.cases import Case, make_cases, narrowed, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport, Stage
 from deployfa.parity.slots import coarseness, slot_outputs, stages_on, with_idle
 from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
-from deployfa.preprocess import TextPreprocessor
+from deployfa.preprocess import open_preprocessor
 from deployfa.runtimes.targets import check_target, is_engine
 
 __all__ = ["verify"]
@@ -95,9 +95,9 @@ def verify(
         raise MissingExtraError("torch", "train", f"verifying against PyTorch{stored}")
     if not name:
         raise InputError("the bundle names no base model; pass its directory with --model, or --no-torch")
-    preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
-    cases = text_cases(preprocessor, [row.text for row in rows] if rows else SENTENCES)
-    say(f"computing the truth in PyTorch float64 ({sum(len(c.feeds['input_ids']) for c in cases)} rows)")
+    preprocessor = open_preprocessor(bundle.path, manifest.preprocessing)
+    cases = make_cases(preprocessor, [row.item for row in rows] if rows else preprocessor.samples)
+    say(f"computing the truth in PyTorch float64 ({sum(case.size for case in cases)} rows)")
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
     base = manifest.base if other is None else other.base
     adapter = dataclasses.replace(_judged(bundle, adapter, other), base=base)
@@ -115,13 +115,19 @@ def verify(
     return with_idle(bundle, report, cases, target=target, engine=engine, model=name)
 
 
+def _longest(case: Case) -> int:
+    """Tokens; 0 for what has none."""
+    mask = case.feeds.get("attention_mask")
+    return 0 if mask is None else int(mask.sum(-1).max())
+
+
 def _judged(bundle: Bundle, adapter: Adapter | None, other: Other | None) -> Adapter:
     return adapter or (other.adapter if other is not None else Adapter.load(bundle.adapter))
 
 
 def _in_pack(case: Case, row: int) -> Case:
     """Every row of ``case`` with the same row of the tables."""
-    ids = np.full(len(case.feeds["input_ids"]), row, np.int64)
+    ids = np.full(case.size, row, np.int64)
     return dataclasses.replace(case, feeds={**case.feeds, ADAPTER_IDS: ids})
 
 
@@ -132,7 +138,7 @@ def _stored(bundle: Bundle) -> tuple[list[Case], Noise]:
     if bundle.patch is None:
         return cases, Noise(reference.noise, reference.noise_max_abs, ())
     meta = bundle.patch.meta
-    answers = bundle.patch.answers([len(case.feeds["input_ids"]) for case in cases])
+    answers = bundle.patch.answers([case.size for case in cases])
     patched = [
         dataclasses.replace(case, truth=truth, base=base) for case, (truth, base) in zip(cases, answers, strict=True)
     ]
@@ -188,7 +194,7 @@ def _report(
         target=target,
         truth=truth_name,
         rows=len(truth),
-        tokens_longest=max(int(case.feeds["attention_mask"].sum(-1).max()) for case in cases),
+        tokens_longest=max(_longest(case) for case in cases),
         noise=noise.relative,
         noise_max_abs=noise.max_abs,
         limit=LIMIT,

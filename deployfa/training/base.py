@@ -16,12 +16,9 @@ from torch import nn
 
 from deployfa.adapter import Adapter, fingerprint
 from deployfa.errors import ExportError, InputError
+from deployfa.tasks import Task, task_of
 
-__all__ = ["TASKS", "Base", "base_fingerprint", "label_order", "load_base", "load_base_of", "quiet"]
-
-#: Task → the transformers class that loads a model for it.
-TASKS = {"text-classification": "AutoModelForSequenceClassification"}
-
+__all__ = ["Base", "base_fingerprint", "label_order", "load_base", "load_base_of", "quiet"]
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert"}
 
@@ -40,6 +37,10 @@ class Base:
         return type(self.model).__name__
 
     @property
+    def does(self) -> Task:
+        return task_of(self.task)
+
+    @property
     def max_length(self) -> int:
         """The longest sequence, in tokens, that the position embeddings allow."""
         config: Any = self.model.config
@@ -55,9 +56,7 @@ def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed
     ``labels=None`` keeps those of the checkpoint.  The base's name is absolute where it is a directory.
     Modules that the checkpoint lacks are initialised from ``seed``.  Raises ``InputError`` if it cannot be loaded.
     """
-    if task not in TASKS:
-        raise InputError(f"unknown task '{task}'; known tasks: {', '.join(TASKS)}")
-    auto: Any = getattr(transformers, TASKS[task])
+    auto: Any = getattr(transformers, task_of(task).auto_class)
     torch.manual_seed(seed)
     outputs: dict[str, Any] = {}
     if labels is not None:

@@ -23,25 +23,23 @@ from deployfa.errors import ExportError
 from deployfa.naming import SCOPES, TRANSPOSED, module_path_of
 from deployfa.training.base import Base, quiet
 from deployfa.training.reference import float64_throughout
+from deployfa.training.samples import sample_of
 from deployfa.training.whole_layers import whole_layers
 
-__all__ = ["TEXT", "export_base_graph", "export_module", "probe", "sample_inputs"]
-
-#: The dynamic axes of an input of token ids, by name.
-TEXT = {0: "batch", 1: "sequence"}
+__all__ = ["export_base_graph", "export_module", "probe"]
 
 
 def export_base_graph(base: Base) -> ir.Model:
-    """The ONNX graph of ``base``, dynamic over batch and sequence, module paths kept.
+    """The ONNX graph of ``base``, dynamic over the batch (and the sequence, of text), module paths kept.
 
     Raises ``ExportError`` with the exporter's first line.
     """
 
     model = base.model.eval()
     _make_fresh_weights_unique(model, base.fresh_modules)
-    feeds = sample_inputs(model)
+    sample = sample_of(base)
     with _without_cache(model):
-        return export_module(model, feeds, dict.fromkeys(feeds, TEXT))
+        return export_module(model, sample.traced, sample.dynamic)
 
 
 def export_module(
@@ -104,27 +102,18 @@ def _export(model: nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, 
 
 
 def probe(base: Base) -> tuple[dict[str, Array], Array, Array]:
-    """Feeds at another shape than the exporter saw (three rows of nine tokens, two padded), and what PyTorch answers in
-    float64 and in float32: what the graph is checked against, and the noise that it is allowed."""
-    feeds = {name: torch.cat([t, t.flip(0)[:1]]).repeat(1, 2)[:, :9] for name, t in sample_inputs(base.model).items()}
-    feeds["attention_mask"] = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 6 + [0] * 3])
+    """Feeds at another shape than the exporter saw, and what PyTorch answers in float64 and in float32: what the graph
+    is checked against, and the noise that it is allowed."""
+    feeds = sample_of(base).elsewhere
     with torch.inference_mode():
         with float64_throughout():
-            truth = copy.deepcopy(base.model).double()(**feeds).logits.numpy()
+            truth = copy.deepcopy(base.model).double()(**_floats(feeds, torch.float64)).logits.numpy()
         single = base.model(**feeds).logits.numpy()
     return {name: tensor.numpy() for name, tensor in feeds.items()}, truth, single
 
 
-def sample_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Two rows of five tokens, the second padded by two: an all-ones mask would be traced away."""
-    config: Any = model.config
-    pad = int(getattr(config, "pad_token_id", None) or 0)
-    vocabulary = int(config.vocab_size)
-    ids = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, pad, pad]]) % vocabulary
-    feeds = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
-    if int(getattr(config, "type_vocab_size", 0) or 0) > 1:
-        feeds["token_type_ids"] = torch.zeros_like(ids)
-    return feeds
+def _floats(feeds: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
 
 
 def _make_fresh_weights_unique(model: nn.Module, fresh: tuple[str, ...]) -> None:

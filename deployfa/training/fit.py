@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import peft
 import torch
 import transformers
 from torch import nn
 
 from deployfa.adapter import Adapter
-from deployfa.data import Row, label_ids
+from deployfa.data import Row
 from deployfa.errors import InputError
-from deployfa.metrics import Labels, Scores, score
-from deployfa.preprocess import TextPreprocessor
+from deployfa.metrics import Scores
 from deployfa.training.base import Base, load_base, quiet
-from deployfa.training.base_graph import sample_inputs
 from deployfa.training.capture import capture, head_only
-from deployfa.training.encode import EncodedRows, pad_batch
+from deployfa.training.examples import Progress, examples_of
 from deployfa.training.options import FitOptions
 from deployfa.training.tuners import LoRFAConfig, VeFAConfig
 
-__all__ = ["Progress", "Trained", "fit", "predict"]
-
-#: Called with (what, done, total).
-Progress = Callable[[str, int, int], None]
+__all__ = ["Trained", "fit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +46,14 @@ def fit(
     labels: Sequence[str],
     options: FitOptions,
     *,
-    tokenizer: Path,
+    folder: Path,
     work: Path,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Trained:
     """Train ``options.method`` on ``train`` and score every domain.
 
-    ``tokenizer`` is a folder with ``tokenizer.json``; checkpoints go to ``work`` once an epoch, and ``resume`` goes on
+    ``folder`` holds the files of the preprocessor; checkpoints go to ``work`` once an epoch, and ``resume`` goes on
     from the last of them.  The same seed on the same CPU gives the same adapter, bit for bit, resumed or not.
     """
     started = time.monotonic()
@@ -71,16 +64,13 @@ def fit(
     options = msgspec.structs.replace(
         options, precision=_precision(options, device), max_length=min(options.max_length, base.max_length)
     )
-    preprocessor = TextPreprocessor(tokenizer, max_length=options.max_length)
-    names = list(sample_inputs(base.model))
-    collate = functools.partial(pad_batch, pad_id=preprocessor.pad_id, names=names)
+    examples = examples_of(base, folder, labels, options)
     model = _with_adapter(base, options)
-    rows = EncodedRows(preprocessor, [row.text for row in train], label_ids(train, labels))
     trainer = transformers.Trainer(
         model=model,
-        args=_arguments(options, work, device),
-        train_dataset=rows,
-        data_collator=collate,
+        args=_arguments(options, work, device, by_length=examples.by_length),
+        train_dataset=examples.dataset(train),
+        data_collator=examples.collate,
         callbacks=[_Report(progress)] if progress else None,
     )
     # our callback is the only voice
@@ -93,9 +83,7 @@ def fit(
     scores = {}
     with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
         for name, domain in domains.items():
-            texts = [row.text for row in domain]
-            predicted = predict(model, preprocessor, texts, names, label=name, progress=progress)
-            scores[name] = score(predicted, np.array(label_ids(domain, labels), dtype=np.int64))
+            scores[name] = examples.score(model, domain, label=name, progress=progress)
     summary: dict[str, Any] = {
         "rows": len(train),
         "loss": round(float(outcome.training_loss), 6),
@@ -107,31 +95,6 @@ def fit(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = _capture(model, base, labels, options, summary)
     return Trained(model, adapter, scores, round(seconds, 1), trainable)
-
-
-def predict(
-    model: nn.Module,
-    preprocessor: TextPreprocessor,
-    texts: Sequence[str],
-    names: Sequence[str],
-    *,
-    batch_size: int = 64,
-    label: str = "",
-    progress: Progress | None = None,
-) -> Labels:
-    """The label id of every text, int64 (rows,); rows are batched by length so that padding costs little."""
-    order = np.argsort(preprocessor.lengths(texts), kind="stable")
-    device = next(model.parameters()).device
-    predicted = np.zeros(len(texts), dtype=np.int64)
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            feeds = preprocessor.encode([texts[i] for i in chosen])
-            batch = {name: torch.from_numpy(feeds[name]).to(device) for name in names}
-            predicted[chosen] = model(**batch).logits.argmax(-1).cpu().numpy()
-            if progress:
-                progress(f"scoring {label}".strip(), min(start + batch_size, len(order)), len(order))
-    return predicted
 
 
 def _with_adapter(base: Base, options: FitOptions) -> nn.Module:
@@ -169,7 +132,7 @@ def _capture(
     return head_only(model, base.fresh_modules, base_name=base.name, task=base.task, labels=labels, training=summary)
 
 
-def _arguments(options: FitOptions, work: Path, device: str) -> transformers.TrainingArguments:
+def _arguments(options: FitOptions, work: Path, device: str, *, by_length: bool) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(
         output_dir=str(work),
         learning_rate=options.learning_rate,
@@ -178,7 +141,7 @@ def _arguments(options: FitOptions, work: Path, device: str) -> transformers.Tra
         lr_scheduler_type="linear",
         warmup_steps=0.06,
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if by_length else "random",
         seed=options.seed,
         data_seed=options.seed,
         bf16=options.precision == "bf16",

@@ -26,8 +26,8 @@ from deployfa.bundle.slots import idle_row
 from deployfa.data import Row
 from deployfa.edits import Array, Edit
 from deployfa.errors import RuntimeTargetError
-from deployfa.parity.cases import SENTENCES
 from deployfa.parity.measures import LIMIT, normwise
+from deployfa.preprocess.sentences import SENTENCES
 from deployfa.runtimes.probe import DEVICES, Found, probe
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from gpu_training import METHODS, PRECISIONS, compare, fit_once, training_plan
 
 from deployfa.data import Row
 from deployfa.errors import StatisticsError
-from deployfa.parity.cases import SENTENCES
+from deployfa.preprocess.sentences import SENTENCES
 
 ROWS = [Row(text, ("negative", "positive")[number % 2]) for number, text in enumerate(SENTENCES[4:31])]
 

@@ -225,18 +225,19 @@ def test_training_pads_as_the_bundle_will(
     """The tokenizer says what fills up a row; a config that says otherwise (5) would pad another way in training."""
     import shutil
 
-    from deployfa.training import fit
+    from deployfa.training.text_examples import TextExamples
 
     model = Path(shutil.copytree(minilm_dir, tmp_path / "model"))
     config = msgspec.json.decode((model / "config.json").read_bytes())
     (model / "config.json").write_bytes(msgspec.json.encode({**config, "pad_token_id": 5}))
     seen: set[int] = set()
-    original = fit.pad_batch
+    original = TextExamples.collate
 
-    def recorded(rows: Any, *, pad_id: int, names: Any) -> Any:
-        seen.add(pad_id)
-        return original(rows, pad_id=pad_id, names=names)
+    def recorded(self: TextExamples, rows: Any) -> Any:
+        batch = original(self, rows)
+        seen.update(batch["input_ids"][batch["attention_mask"] == 0].tolist())
+        return batch
 
-    monkeypatch.setattr(fit, "pad_batch", recorded)
+    monkeypatch.setattr(TextExamples, "collate", recorded)
     _train(tmp_path / "a.pt", small_data, model)
     assert seen == {0}

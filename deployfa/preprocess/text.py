@@ -1,4 +1,4 @@
-"""Text → feeds, with ``tokenizers`` alone: the same code for training, verifying and running."""
+"""Text → feeds, with ``tokenizers`` alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError, MissingExtraError
+from deployfa.preprocess.sentences import SENTENCES
 
 __all__ = ["TOKENIZER_FILES", "TextPreprocessor"]
 
@@ -20,6 +21,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 class TextPreprocessor:
     """Tokenise, truncate to ``max_length`` tokens, pad to the longest row."""
+
+    samples = SENTENCES
 
     def __init__(self, folder: Path, *, max_length: int) -> None:
         try:

@@ -1,0 +1,33 @@
+"""What a model does, and with it what it is fed: one line a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deployfa.errors import InputError
+
+__all__ = ["TASKS", "Kind", "Task", "task_of"]
+
+#: What a model is fed.
+Kind = Literal["text"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """``auto_class``: the class of transformers that loads a model for it."""
+
+    name: str
+    kind: Kind
+    auto_class: str
+
+
+_ALL = (Task("text-classification", "text", "AutoModelForSequenceClassification"),)
+TASKS = {task.name: task for task in _ALL}
+
+
+def task_of(name: str) -> Task:
+    """Raises ``InputError`` with the tasks there are."""
+    if name not in TASKS:
+        raise InputError(f"unknown task '{name}'; known tasks: {', '.join(TASKS)}")
+    return TASKS[name]

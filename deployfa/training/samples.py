@@ -1,0 +1,53 @@
+"""What a base model is traced with, and what its graph is then checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployfa.training.base import Base
+
+__all__ = ["TEXT", "Sample", "sample_of", "text_inputs"]
+
+Feeds = dict[str, torch.Tensor]
+#: The dynamic axes of an input of token ids, by name.
+TEXT = {0: "batch", 1: "sequence"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """``traced``: keyword of ``forward`` → what the exporter sees.  ``dynamic``: input → axis → the name of the
+    dimension there.  ``elsewhere``: feeds at another shape, of more rows, that the exporter does not see."""
+
+    traced: Feeds
+    dynamic: Mapping[str, Mapping[int, str]]
+    elsewhere: Feeds
+
+
+def sample_of(base: Base) -> Sample:
+    """The sample for what ``base`` is fed."""
+    return _text(base.model)
+
+
+def _text(model: nn.Module) -> Sample:
+    """Elsewhere: three rows of nine tokens, two of them padded."""
+    traced = text_inputs(model)
+    elsewhere = {name: torch.cat([t, t.flip(0)[:1]]).repeat(1, 2)[:, :9] for name, t in traced.items()}
+    elsewhere["attention_mask"] = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 6 + [0] * 3])
+    return Sample(traced, dict.fromkeys(traced, TEXT), elsewhere)
+
+
+def text_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Two rows of five tokens, the second padded by two: an all-ones mask would be traced away."""
+    config: Any = model.config
+    pad = int(getattr(config, "pad_token_id", None) or 0)
+    vocabulary = int(config.vocab_size)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, pad, pad]]) % vocabulary
+    feeds = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    if int(getattr(config, "type_vocab_size", 0) or 0) > 1:
+        feeds["token_type_ids"] = torch.zeros_like(ids)
+    return feeds
