@@ -26,16 +26,17 @@ class Row:
     """Where the row starts in its file, counted from 1; 0 for a row that came from no file."""
 
     @property
-    def item(self) -> str:
+    def item(self) -> Any:
         """What the model is fed."""
         return self.text
 
 
-def read_rows(path: Path, *, need_label: bool = True) -> list[Row]:
+def read_rows(path: Path, *, need_label: bool = True, column: str = "text") -> list[Row]:
     """The rows of ``path``, in order: ``.csv`` with a header, or ``.jsonl``/``.ndjson`` with one object a line.
 
-    Columns or keys ``text`` and, with ``need_label``, ``label``; others are ignored.  UTF-8, with or without a byte
-    order mark.  Empty lines are skipped.  A JSON label may be a string, an integer or a boolean; it is read as text.
+    Columns or keys ``text`` (or another ``column``) and, with ``need_label``, ``label``; others are ignored.  UTF-8,
+    with or without a byte order mark.  Empty lines are skipped.  A JSON label may be a string, an integer or a boolean;
+    it is read as text.
 
     Raises ``DataError``, naming the line, for anything else: no such file, another encoding, no rows, a missing column,
     an empty text or label, a line with too many cells, an unparsable line.
@@ -44,8 +45,9 @@ def read_rows(path: Path, *, need_label: bool = True) -> list[Row]:
     if suffix != ".csv" and suffix not in _JSON_SUFFIXES:
         raise DataError(f"'{path}' is neither .csv nor .jsonl; convert it, or rename it if it is one of them")
     content = _decode(path)
-    records = _csv_records(path, content, need_label) if suffix == ".csv" else _json_records(path, content, need_label)
-    rows = [_row(path, line, text, label, need_label) for line, text, label in records]
+    records_of = _csv_records if suffix == ".csv" else _json_records
+    records = records_of(path, content, need_label, column)
+    rows = [_row(path, line, text, label, need_label, column) for line, text, label in records]
     if not rows:
         raise DataError(f"'{path}' holds no rows; give a file with at least one")
     return rows
@@ -90,7 +92,7 @@ def _decode(path: Path) -> str:
         raise DataError(f"'{path}' is not UTF-8 at line {line}; save it as UTF-8") from error
 
 
-def _csv_records(path: Path, content: str, need_label: bool) -> Iterator[tuple[int, object, object]]:
+def _csv_records(path: Path, content: str, need_label: bool, column: str) -> Iterator[tuple[int, object, object]]:
     # strict: an unclosed quotation mark would otherwise swallow the rest of the file into one text
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     header: list[str] | None = None
@@ -102,7 +104,7 @@ def _csv_records(path: Path, content: str, need_label: bool) -> Iterator[tuple[i
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                _check_columns(path, header, need_label)
+                _check_columns(path, header, need_label, column)
                 continue
             if len(cells) > len(header):
                 raise DataError(
@@ -110,14 +112,14 @@ def _csv_records(path: Path, content: str, need_label: bool) -> Iterator[tuple[i
                     f'put texts that hold a comma in double quotes, "like, this"'
                 )
             values = dict(zip(header, cells, strict=False))
-            yield start, values.get("text", ""), values.get("label", "" if need_label else None)
+            yield start, values.get(column, ""), values.get("label", "" if need_label else None)
     except csv.Error as error:
         raise DataError(f"'{path}' line {line} is not CSV ({error}); mend the quotation marks there") from error
     if header is None:
-        raise DataError(f"'{path}' is empty; its first line must name the columns text and label")
+        raise DataError(f"'{path}' is empty; its first line must name the columns {column} and label")
 
 
-def _json_records(path: Path, content: str, need_label: bool) -> Iterator[tuple[int, object, object]]:
+def _json_records(path: Path, content: str, need_label: bool, column: str) -> Iterator[tuple[int, object, object]]:
     import msgspec
 
     # split at line feeds only: str.splitlines also cuts at characters that JSON strings may hold
@@ -129,30 +131,30 @@ def _json_records(path: Path, content: str, need_label: bool) -> Iterator[tuple[
         except msgspec.DecodeError as error:
             raise DataError(f"'{path}' line {line} is not JSON ({error}); write one object a line") from error
         if not isinstance(value, dict):
-            raise DataError(f'\'{path}\' line {line} is not an object; write {{"text": …, "label": …}}')
-        _check_columns(path, list(value), need_label, line)
+            raise DataError(f'\'{path}\' line {line} is not an object; write {{"{column}": …, "label": …}}')
+        _check_columns(path, list(value), need_label, column, line)
         label = value.get("label")
         if isinstance(label, bool | int):
             label = str(label)
-        yield line, value["text"], "" if label is None and need_label else label
+        yield line, value[column], "" if label is None and need_label else label
 
 
-def _check_columns(path: Path, found: list[str], need_label: bool, line: int | None = None) -> None:
-    missing = [name for name in (("text", "label") if need_label else ("text",)) if name not in found]
+def _check_columns(path: Path, found: list[str], need_label: bool, column: str, line: int | None = None) -> None:
+    missing = [name for name in ((column, "label") if need_label else (column,)) if name not in found]
     if missing:
         place = f"'{path}'" if line is None else f"'{path}' line {line}"
         raise DataError(
             f"{place} has no {' and no '.join(missing)} (found: {', '.join(found) or 'nothing'}); "
             f"name the column with the {missing[0]} '{missing[0]}'"
         )
-    twice = sorted({name for name in found if name in ("text", "label") and found.count(name) > 1})
+    twice = sorted({name for name in found if name in (column, "label") and found.count(name) > 1})
     if twice:
         raise DataError(f"'{path}' has the column {twice[0]} twice; rename one of them")
 
 
-def _row(path: Path, line: int, text: object, label: object, need_label: bool) -> Row:
+def _row(path: Path, line: int, text: object, label: object, need_label: bool, column: str) -> Row:
     if not isinstance(text, str) or not text.strip():
-        what = "an empty text" if text is None or isinstance(text, str) else "a text that is not a string"
+        what = f"an empty {column}" if text is None or isinstance(text, str) else f"a {column} that is not a string"
         raise DataError(f"'{path}' line {line} has {what}; fill it in or remove the line")
     if label is not None and not isinstance(label, str):
         raise DataError(f"'{path}' line {line} has a label that is neither text nor an integer; write it as text")

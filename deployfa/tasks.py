@@ -10,7 +10,7 @@ from deployfa.errors import InputError
 __all__ = ["TASKS", "Kind", "Task", "task_of"]
 
 #: What a model is fed.
-Kind = Literal["text"]
+Kind = Literal["text", "image"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,10 @@ class Task:
     auto_class: str
 
 
-_ALL = (Task("text-classification", "text", "AutoModelForSequenceClassification"),)
+_ALL = (
+    Task("text-classification", "text", "AutoModelForSequenceClassification"),
+    Task("image-classification", "image", "AutoModelForImageClassification"),
+)
 TASKS = {task.name: task for task in _ALL}
 
 

@@ -1,0 +1,18 @@
+"""Rows of data in the form that a task has them in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deployfa.data import Row, read_rows
+from deployfa.image_data import read_pictures
+from deployfa.tasks import Kind
+
+__all__ = ["rows_of"]
+
+
+def rows_of(kind: Kind, path: Path, *, need_label: bool = True) -> list[Row]:
+    """What a model that is fed ``kind`` reads of ``path``; raises ``DataError``."""
+    if kind == "image":
+        return read_pictures(path, need_label=need_label)
+    return read_rows(path, need_label=need_label)
