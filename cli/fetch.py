@@ -24,13 +24,11 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="minilm (a model) or vader (sentences with human ratings).")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="vader: write CSV files of text,label here.")] = None,
-    train_rows: Annotated[int, typer.Option("--train-rows", min=1, help="vader: movie sentences to train on.")] = 3000,
-    test_rows: Annotated[
-        int, typer.Option("--test-rows", min=1, help="vader: the most rows per domain to score.")
-    ] = 2000,
-    seed: Annotated[int, typer.Option("--seed", help="vader: of the split into train and test.")] = 0,
+    name: Annotated[str, typer.Argument(help="A model: minilm, efficientnet-lite0. Data: vader, digits.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="vader, digits: write files of rows here.")] = None,
+    train_rows: Annotated[int, typer.Option("--train-rows", min=1, help="Rows to train on.")] = 3000,
+    test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="The most rows per domain to score.")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split into train and test.")] = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -38,17 +36,22 @@ def fetch(
 
     Example: deployfa fetch vader --out data
     """
-    from deployfa.assets import fetch as run_fetch
+    from deployfa.base_models import base_model
+    from deployfa.digits import prepare_digits
     from deployfa.vader import prepare_vader
 
-    if out is not None and name != "vader":
+    if out is not None and name not in {"vader", "digits"}:
         raise InputError(
-            f"--out prepares data and goes with 'vader'; '{name}' lies in the cache, see deployfa fetch {name}"
+            f"--out prepares data, of 'vader' and 'digits'; '{name}' lies in the cache, see deployfa fetch {name}"
         )
     files: dict[str, Path] = {}
     with spinner(f"fetching {name}") as status:
-        path = run_fetch(name, progress=status)
-        if out is not None:
+        path = base_model("mnist-5k" if name == "digits" else name, progress=status)
+        if out is not None and name == "digits":
+            files = prepare_digits(
+                out, seed=seed, train_size=train_rows, test_size=test_rows, force=force, progress=status
+            )
+        elif out is not None:
             files = prepare_vader(
                 out,
                 seed=seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,22 +11,34 @@ from deployfa.cli.console import done, print_json, progress_bar, show
 from deployfa.cli.options import Force, Json, named_files
 from deployfa.errors import InputError
 
+if TYPE_CHECKING:
+    from deployfa.recipe import Recipe
+
 __all__ = ["train"]
 
 
 def train(
-    train_file: Annotated[Path, typer.Option("--train", help="CSV or JSONL with text,label.", show_default=False)],
+    train_file: Annotated[
+        Path,
+        typer.Option("--train", help="CSV or JSONL with text,label; or labelled pictures.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write: vefa.pt, .safetensors, or a directory.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: directory or hub id. Default: the recipe's own.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="What the model does.")] = "text-classification",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="What the model does. Default: the recipe's, or text-classification."),
+    ] = None,
     method: Annotated[
         Literal["vefa", "lorfa", "lora", "full", "head"], typer.Option("--method", help="What to train.")
     ] = "vefa",
     eval_file: Annotated[Path | None, typer.Option("--eval", help="Rows to score, from the training domain.")] = None,
     ood: Annotated[list[str] | None, typer.Option("--ood", help="NAME=FILE: rows of another domain to score.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="Sites and defaults; see deployfa models.")] = None,
+    sites: Annotated[
+        str, typer.Option("--sites", help="recipe: the recipe's; all: every layer; or a regex of module paths.")
+    ] = "recipe",
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Default: the recipe's for the method.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = 2.0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 32,
@@ -51,12 +63,15 @@ def train(
 
     Example: deployfa train --recipe minilm --train movies_train.csv --eval movies_test.csv --out vefa.pt
     """
-    from deployfa.assets import fetch
+    from deployfa.base_models import base_model
     from deployfa.models import load_recipe
     from deployfa.recipe import Recipe
+    from deployfa.tasks import DEFAULT_TASK
     from deployfa.train import train as run_training
 
-    chosen = load_recipe(recipe) if recipe else Recipe(name="default", task=task, about="the task's defaults")
+    chosen = load_recipe(recipe) if recipe else Recipe(name="default", task=task or DEFAULT_TASK, about="the task's")
+    if task is not None and task != chosen.task:
+        raise InputError(f"recipe '{chosen.name}' is for {chosen.task}, not {task}; leave --task out, or --recipe")
     if model is None and chosen.asset is None:
         raise InputError("no base model; pass --model DIR_OR_ID, or a --recipe that brings one (--recipe minilm)")
     options: dict[str, Any] = {
@@ -70,15 +85,15 @@ def train(
         "device": device,
         "precision": precision,
         "max_length": max_length if max_length is not None else chosen.max_length,
-        "sites": chosen.sites if isinstance(chosen.sites, str) else list(chosen.sites),
+        "sites": _sites(chosen, sites),
         "shift": shift,
         "share_input": share_input,
     }
     shifted = named_files(ood or [], "--ood")
     with progress_bar() as progress:
         report = run_training(
-            model=model if model is not None else fetch(chosen.asset or ""),
-            task=task,
+            model=model if model is not None else base_model(chosen.asset or ""),
+            task=chosen.task,
             train_file=train_file,
             eval_file=eval_file,
             shifted_files=shifted,
@@ -103,3 +118,10 @@ def train(
         show(table)
     following = "pass it as --model" if report.method == "full" else f"deployfa export --adapter {report.out}"
     done(f"wrote '{report.out}' after {report.seconds:.0f} s of training; next: {following}")
+
+
+def _sites(recipe: Recipe, wanted: str) -> str | list[str]:
+    """PEFT's ``target_modules``."""
+    named = {"all": recipe.sites_all or "all-linear", "recipe": recipe.sites}
+    found = named.get(wanted, wanted)
+    return found if isinstance(found, str) else list(found)

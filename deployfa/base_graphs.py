@@ -28,12 +28,13 @@ from deployfa.errors import ExportError, InputError, MissingExtraError, StorageE
 from deployfa.graph.evaluate import evaluate
 from deployfa.graph.storage import GRAPH, load_graph, save_graph
 from deployfa.preprocess import TOKENIZER_FILES, Preprocessing, Preprocessor, open_preprocessor
+from deployfa.preprocess.image_steps import PREPROCESSOR_CONFIG
 
 __all__ = ["BaseGraph", "base_graph", "copy_preprocessor"]
 
 #: Raised when the export changes what it writes, so that older entries are made again.
 _REVISION = 4
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", PREPROCESSOR_CONFIG)
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +132,8 @@ def _cached(adapter: Adapter, source: Path | None) -> BaseGraph | None:
         return None
     if source is not None and _sources(source) != entry.sources:
         return None
+    if not _same_preprocessor(entry, source or Path(adapter.base.name)):
+        return None
     name = str(source.resolve()) if source is not None and source.is_dir() else str(source or adapter.base.name)
     return BaseGraph(folder, entry, (), made_now=False, name=name)
 
@@ -150,7 +153,7 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
     _make_cache(folder.parent)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         entry = _read(folder)
-        if entry is not None:
+        if entry is not None and _same_preprocessor(entry, Path(name)):
             return BaseGraph(folder, entry, warnings, made_now=False, name=base.name)
         from deployfa.training.base_graph import export_base_graph, probe
         from deployfa.training.preprocessing import save_preprocessor
@@ -172,6 +175,12 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
             )
             (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))
     return BaseGraph(folder, entry, warnings, made_now=True, name=base.name)
+
+
+def _same_preprocessor(entry: _Entry, model: Path) -> bool:
+    """Whether the pictures of ``model`` are prepared as those of ``entry``; what is not there has not changed."""
+    file = model / PREPROCESSOR_CONFIG
+    return not file.is_file() or entry.sources.get(PREPROCESSOR_CONFIG) == sha256_file(file)
 
 
 def _check(graph: ir.Model, feeds: dict[str, Array], truth: Array, single: Array) -> float:
@@ -234,7 +243,9 @@ def _sources(model: Path) -> dict[str, str]:
 
 
 def copy_preprocessor(base: BaseGraph, folder: Path) -> None:
-    """Put the tokenizer files of ``base`` into ``folder``."""
+    """Put the files of the preprocessor of ``base`` into ``folder``."""
+    if base.preprocessing.kind == "image":
+        return
     for name in TOKENIZER_FILES:
         file = base.folder / name
         if file.is_file():

@@ -13,7 +13,9 @@ class Recipe:
     """Declarative; a model without one works from ``DEFAULTS`` of its task.
 
     ``sites``: PEFT ``target_modules`` (a regex or names).  ``learning_rate``: per method.  ``max_length``: training
-    texts are cut there, in tokens.  ``asset``: the name under which ``deployfa fetch`` knows the model, if any.
+    texts are cut there, in tokens.  ``sites_all``: every layer that
+    can be adapted, where ``all-linear`` does not say it.  ``asset``: the name under which ``deployfa fetch`` knows the
+    model, if any.
     """
 
     name: str
@@ -25,3 +27,4 @@ class Recipe:
     )
     max_length: int = 128
     asset: str | None = None
+    sites_all: str | tuple[str, ...] | None = None

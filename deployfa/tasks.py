@@ -7,7 +7,7 @@ from typing import Literal
 
 from deployfa.errors import InputError
 
-__all__ = ["TASKS", "Kind", "Task", "task_of"]
+__all__ = ["DEFAULT_TASK", "TASKS", "Kind", "Task", "task_of"]
 
 #: What a model is fed.
 Kind = Literal["text", "image"]
@@ -26,6 +26,7 @@ _ALL = (
     Task("text-classification", "text", "AutoModelForSequenceClassification"),
     Task("image-classification", "image", "AutoModelForImageClassification"),
 )
+DEFAULT_TASK = "text-classification"
 TASKS = {task.name: task for task in _ALL}
 
 

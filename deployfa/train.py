@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,11 @@ import msgspec
 
 from deployfa.atomic import check_output, storage_errors, write_directory
 from deployfa.bundle.bundle import sha256_file
-from deployfa.data import Row, label_ids, label_names, read_rows
+from deployfa.data import Row, label_ids, label_names
 from deployfa.errors import DataError, InputError, MissingExtraError, StorageError
 from deployfa.metrics import Scores
+from deployfa.task_rows import rows_of
+from deployfa.tasks import Kind, task_of
 
 __all__ = ["TrainReport", "train"]
 
@@ -58,16 +61,17 @@ def train(
     if not out.name:
         raise InputError(f"'{out}' is no name for an adapter; pass --out vefa.pt")
     # files first: importing PyTorch takes seconds that a typo should not cost
-    rows = read_rows(train_file)
+    kind = task_of(task).kind
+    rows = rows_of(kind, train_file)
     labels = label_names(rows)
     if len(labels) < 2:
         raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
-    domains = _domains(eval_file, shifted_files, labels)
+    domains = _domains(kind, eval_file, shifted_files, labels)
     try:
         from deployfa.training.base import label_order
         from deployfa.training.fit import fit
         from deployfa.training.options import FitOptions
-        from deployfa.training.tokenizer import save_tokenizer
+        from deployfa.training.preprocessing import save_files
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "training") from error
 
@@ -88,8 +92,8 @@ def train(
                 f"'{work.parent}' is not a folder, so '{out}' cannot be made; pass another --out"
             ) from error
         _same_request(work, chosen, str(model), train_file)
-    with tempfile.TemporaryDirectory(prefix="deployfa-tokenizer-") as folder, storage_errors(work):
-        save_tokenizer(model, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="deployfa-train-") as folder, storage_errors(work):
+        save_files(task_of(task), model, Path(folder))
         trained = fit(
             model,
             task,
@@ -108,7 +112,7 @@ def train(
             with write_directory(out, force=force) as partial:
                 saved: Any = trained.model
                 saved.save_pretrained(partial)
-                save_tokenizer(model, partial)
+                save_files(task_of(task), model, partial)
     shutil.rmtree(work, ignore_errors=True)
     return TrainReport(
         out=str(out),
@@ -125,7 +129,7 @@ def train(
 
 def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: Path) -> None:
     """Note in ``work`` what is trained; raises ``InputError`` if what lies there is the start of something else."""
-    wanted = {**msgspec.to_builtins(options), "model": model, "rows": sha256_file(train_file)}
+    wanted = {**msgspec.to_builtins(options), "model": model, "rows": _digest(train_file)}
     file = work / "request.json"
     if file.is_file():
         try:
@@ -142,12 +146,20 @@ def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: P
 
 
 def _domains(
-    eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
+    kind: Kind, eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
     """Every file read and checked before training starts: a bad label should not cost two minutes."""
     named = {**({"eval": eval_file} if eval_file is not None else {}), **shifted_files}
     domains: dict[str, Sequence[Row]] = {}
     for name, file in named.items():
-        domains[name] = read_rows(file)
+        domains[name] = rows_of(kind, file)
         label_ids(domains[name], labels)
     return domains
+
+
+def _digest(rows: Path) -> str:
+    """sha256 of a file of rows; of a folder of pictures that of their names and sizes, which is fast."""
+    if not rows.is_dir():
+        return sha256_file(rows)
+    listed = sorted((str(file.relative_to(rows)), file.stat().st_size) for file in rows.rglob("*") if file.is_file())
+    return hashlib.sha256(repr(listed).encode()).hexdigest()

@@ -17,6 +17,7 @@ from torch import nn
 from deployfa.adapter import Adapter, fingerprint
 from deployfa.errors import ExportError, InputError
 from deployfa.tasks import Task, task_of
+from deployfa.training import efficientnet_lite  # noqa: F401  (registers it)
 
 __all__ = ["Base", "base_fingerprint", "label_order", "load_base", "load_base_of", "quiet"]
 

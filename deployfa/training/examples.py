@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 from deployfa.data import Row
 from deployfa.metrics import Scores
 from deployfa.training.base import Base
+from deployfa.training.image_examples import ImageExamples
 from deployfa.training.options import FitOptions
+from deployfa.training.preprocessing import image_steps
 from deployfa.training.text_examples import TextExamples
 
 __all__ = ["Examples", "Progress", "examples_of"]
@@ -42,4 +44,6 @@ class Examples(Protocol):
 
 def examples_of(base: Base, folder: Path, labels: Sequence[str], options: FitOptions) -> Examples:
     """Those of what ``base`` does; ``folder`` holds the files of its preprocessor."""
+    if base.does.kind == "image":
+        return ImageExamples(image_steps(base.model, folder), labels)
     return TextExamples(base.model, folder, labels, max_length=options.max_length)

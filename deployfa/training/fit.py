@@ -21,6 +21,7 @@ from deployfa.metrics import Scores
 from deployfa.training.base import Base, load_base, quiet
 from deployfa.training.capture import capture, head_only
 from deployfa.training.examples import Progress, examples_of
+from deployfa.training.frozen_statistics import freeze_statistics
 from deployfa.training.options import FitOptions
 from deployfa.training.tuners import LoRFAConfig, VeFAConfig
 
@@ -66,6 +67,8 @@ def fit(
     )
     examples = examples_of(base, folder, labels, options)
     model = _with_adapter(base, options)
+    if options.method != "full":
+        freeze_statistics(model)
     trainer = transformers.Trainer(
         model=model,
         args=_arguments(options, work, device, by_length=examples.by_length),

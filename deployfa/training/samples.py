@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployfa.preprocess.image import PIXELS
 from deployfa.training.base import Base
+from deployfa.training.preprocessing import steps_of
 
 __all__ = ["TEXT", "Sample", "sample_of", "text_inputs"]
 
@@ -30,7 +32,16 @@ class Sample:
 
 def sample_of(base: Base) -> Sample:
     """The sample for what ``base`` is fed."""
+    if base.does.kind == "image":
+        return _image(base)
     return _text(base.model)
+
+
+def _image(base: Base) -> Sample:
+    """Elsewhere: three pictures, as the traced two of standard normal pixels."""
+    steps = steps_of(base)
+    pixels = torch.randn(5, steps.channels, steps.height, steps.width, generator=torch.Generator().manual_seed(0))
+    return Sample({PIXELS: pixels[:2]}, {PIXELS: {0: "batch"}}, {PIXELS: pixels[2:]})
 
 
 def _text(model: nn.Module) -> Sample:
