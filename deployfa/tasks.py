@@ -9,20 +9,25 @@ from deployfa.errors import InputError
 
 __all__ = ["TASKS", "Kind", "Task", "task_of"]
 
-#: What a model is fed.
-Kind = Literal["text"]
+#: What a model is fed: texts, or prompts that it goes on from.
+Kind = Literal["text", "prompt"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """``auto_class``: the class of transformers that loads a model for it."""
+    """``auto_class``: the class of transformers that loads a model for it.  ``labelled``: whether its answer is one of
+    the labels of its rows."""
 
     name: str
     kind: Kind
     auto_class: str
+    labelled: bool
 
 
-_ALL = (Task("text-classification", "text", "AutoModelForSequenceClassification"),)
+_ALL = (
+    Task("text-classification", "text", "AutoModelForSequenceClassification", labelled=True),
+    Task("text-generation", "prompt", "AutoModelForCausalLM", labelled=False),
+)
 TASKS = {task.name: task for task in _ALL}
 
 

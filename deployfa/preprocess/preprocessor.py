@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deployfa.edits import Array
+from deployfa.preprocess.prompt import PromptPreprocessor
 from deployfa.preprocess.settings import Preprocessing
 from deployfa.preprocess.text import TextPreprocessor
 
@@ -34,4 +35,6 @@ class Preprocessor(Protocol):
 
 def open_preprocessor(folder: Path, settings: Preprocessing) -> Preprocessor:
     """The preprocessor whose files lie in ``folder``: of a bundle, or of a base graph in the cache."""
+    if settings.kind == "prompt":
+        return PromptPreprocessor(folder, settings)
     return TextPreprocessor(folder, max_length=settings.max_length)

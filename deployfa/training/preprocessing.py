@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from deployfa.preprocess import Preprocessing
+from deployfa.preprocess import CHAT_TEMPLATE, Generation, Preprocessing
 from deployfa.training.base import Base
+from deployfa.training.decoder import cache_of
 from deployfa.training.tokenizer import save_tokenizer
 
 __all__ = ["save_preprocessor"]
@@ -17,4 +19,24 @@ def save_preprocessor(base: Base, folder: Path) -> Preprocessing:
     Raises ``InputError`` if the model brings none that works without PyTorch.
     """
     save_tokenizer(base.name, folder)
-    return Preprocessing(kind=base.does.kind, max_length=base.max_length)
+    if base.does.kind != "prompt":
+        return Preprocessing(kind=base.does.kind, max_length=base.max_length)
+    return Preprocessing(
+        kind="prompt",
+        max_length=base.max_length,
+        cache=cache_of(base.model),
+        generation=_generation(base, chat_template=(folder / CHAT_TEMPLATE).is_file()),
+    )
+
+
+def _generation(base: Base, *, chat_template: bool) -> Generation:
+    model: Any = base.model
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    pad = model.generation_config.pad_token_id
+    return Generation(
+        eos_token_ids=[int(end) for end in ends],
+        pad_token_id=int(pad if pad is not None else ends[0] if ends else 0),
+        max_positions=base.max_length,
+        chat_template=chat_template,
+    )
