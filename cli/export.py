@@ -100,10 +100,11 @@ def export(
     from deployfa.adapter import Adapter
     from deployfa.atomic import check_output
     from deployfa.convert import with_strength
-    from deployfa.data import read_rows
     from deployfa.pipeline import export as run_export
     from deployfa.runtimes.targets import is_engine
     from deployfa.slots import export_slots
+    from deployfa.task_rows import rows_of
+    from deployfa.tasks import task_of
 
     loaded = with_strength(Adapter.load(adapter), strength)
     out = out if out is not None else adapter.with_name(f"{adapter.stem}.{'bundle' if delta is None else 'patch'}")
@@ -113,7 +114,7 @@ def export(
         "target": target,
         "optimize": optimize,
         "shapes": parse_shapes(shapes),
-        "rows": read_rows(data, need_label=False) if data is not None else None,
+        "rows": rows_of(task_of(loaded.base.task).kind, data, need_label=False) if data is not None else None,
         "threads": threads,
         "force": force,
         "allow_base_mismatch": allow_base_mismatch,

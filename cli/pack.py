@@ -69,10 +69,14 @@ def pack(
 
     Example: deployfa pack vefa.pt lorfa.pt shop=lora/ --out pack.bundle
     """
-    from deployfa.data import read_rows
     from deployfa.pack import pack as run_pack
+    from deployfa.task_rows import rows_of
+    from deployfa.tasks import task_of
 
     files = _Files(named(adapters))
+    rows = None
+    if data is not None:
+        rows = rows_of(task_of(files[next(iter(files))].base.task).kind, data, need_label=False)
     with spinner("packing") as status:
         packed = run_pack(
             files,
@@ -84,7 +88,7 @@ def pack(
             max_rank=max_rank,
             max_labels=max_labels,
             shapes=parse_shapes(shapes),
-            rows=read_rows(data, need_label=False) if data is not None else None,
+            rows=rows,
             check=check,
             threads=threads,
             force=force,

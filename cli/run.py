@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,10 @@ __all__ = ["run"]
 def run(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)],
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text; may be given several times.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture; may be given several times.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL with a text column; or pictures.")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,9 +43,11 @@ def run(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Answer texts: label and score.  Needs tokenizers and onnxruntime only.
+    """Answer texts or pictures: label and score.  Needs onnxruntime, and tokenizers or Pillow.
 
     Example: deployfa run vefa.bundle --text "A joy from start to finish."
+
+    A picture: deployfa run digits.bundle --image photo.png
 
     A pack answers each text with its own adapter: deployfa run pack.bundle -t "A joy." -a movies -t "Broke." -a shop
 
@@ -51,30 +56,38 @@ def run(
     With an adapter's patch on a fleet's bundle: deployfa run fleet.bundle --patch vefa.patch --text "A joy."
     """
     from deployfa.bundle import Bundle
-    from deployfa.data import read_rows
     from deployfa.predict import Predictor, RunReport
+    from deployfa.task_rows import rows_of
 
-    texts = list(text or [])
-    if data is not None:
-        texts += [row.text for row in read_rows(data, need_label=False)]
-    if not texts:
-        raise InputError('nothing to answer; pass --text "..." or --data FILE.csv')
+    if not text and not image and data is None:
+        raise InputError('nothing to answer; pass --text "...", --image FILE or --data FILE')
     opened = Bundle.open(bundle, patch=patch)
+    kind = opened.manifest.preprocessing.kind
+    if kind == "image" and text:
+        raise InputError(f"'{bundle}' reads pictures; pass --image FILE, not --text")
+    if kind != "image" and image:
+        raise InputError(f"'{bundle}' reads text; pass --text, not --image")
+    items: list[Any] = [*(text or []), *(image or [])]
+    names = [str(item) for item in items]
+    if data is not None:
+        rows = rows_of(kind, data, need_label=False)
+        items += [row.item for row in rows]
+        names += [row.text for row in rows]
     predictor = Predictor(opened, target=target, engine=engine, threads=threads)
     if predictor.slots is not None:
         _swap(opened, predictor.slots, adapter or [])
         named = None
     else:
-        named = adapter if adapter is None or len(adapter) != 1 else adapter * len(texts)
-    answers = list(predictor.answer(texts, adapters=named or None, strength=strength))
+        named = adapter if adapter is None or len(adapter) != 1 else adapter * len(items)
+    answers = list(predictor.answer(items, adapters=named or None, strength=strength))
     if json:
         print_json(RunReport(bundle=str(bundle), patch=str(patch) if patch is not None else None, answers=answers))
         return
     longest = max(len(answer.adapter or "") for answer in answers)
     width = max(len(answer.label) for answer in answers)
-    for answer in answers:
+    for answer, name in zip(answers, names, strict=True):
         whose = f"{answer.adapter:<{longest}}  " if answer.adapter is not None else ""
-        show(f"{whose}{answer.label:<{width}}  {answer.score:.3f}  {answer.text}")
+        show(f"{whose}{answer.label:<{width}}  {answer.score:.3f}  {name}")
 
 
 def _swap(bundle: Bundle, slots: SlotRunner, adapters: list[str]) -> None:

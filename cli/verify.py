@@ -33,7 +33,7 @@ def verify(
             "was made from.",
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL rows to compare on.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to compare on, as for train.")] = None,
     model: ModelOption = None,
     torch: Annotated[
         bool | None,
@@ -57,14 +57,14 @@ def verify(
     """
     from deployfa.adapter import Adapter
     from deployfa.bundle import Bundle
-    from deployfa.data import read_rows
     from deployfa.parity import verify as run_verify
+    from deployfa.task_rows import rows_of
 
     opened = Bundle.open(bundle, patch=patch)
     several = opened.manifest.slots is not None or opened.manifest.tables is not None
     if allow_base_mismatch and (adapter is None or not several):
         raise InputError("--allow-base-mismatch is for the --adapter of a bundle with slots or of a pack; leave it out")
-    rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
+    rows = rows_of(opened.manifest.preprocessing.kind, data, need_label=False)[:max_rows] if data is not None else None
     given: dict[str, Any] = {"rows": rows, "model": model, "use_torch": torch}
     with spinner("verifying") as status:
         if adapter is not None and several:

@@ -170,7 +170,7 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
                 preprocessing=preprocessing,
                 versions=versions(),
                 export_error=export_error,
-                labels=_label_names(base.model.config),
+                labels=_label_names(base.model.config) if base.does.labelled else [],
                 files={file.name: sha256_file(file) for file in sorted(partial.iterdir())},
             )
             (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))

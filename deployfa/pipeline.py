@@ -38,7 +38,9 @@ from deployfa.graph.plan import Prefer, Preference
 from deployfa.graph.storage import GRAPH, save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, make_cases, write_cases
+from deployfa.parity.decoding import with_decoding
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
+from deployfa.preprocess import PromptPreprocessor
 from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 
 __all__ = [
@@ -219,7 +221,10 @@ def reference(
     """The stored reference of a bundle, on ``rows`` or on built-in samples, and the noise it is judged by."""
     preprocessor = base.preprocessor()
     items = [row.item for row in rows] if rows else preprocessor.samples
-    return graph_truth(graph, adapter, make_cases(preprocessor, items))
+    cases = make_cases(preprocessor, items)
+    if isinstance(preprocessor, PromptPreprocessor):
+        cases = with_decoding(preprocessor, graph, cases)
+    return graph_truth(graph, adapter, cases)
 
 
 def check_effect(adapter: Adapter, cases: Sequence[Case], noise: Noise) -> None:

@@ -1,9 +1,11 @@
-"""Answer raw text with a bundle: tokenizers and a runtime, no torch."""
+"""Answer texts or pictures with a bundle: tokenizers or Pillow and a runtime, no torch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +15,7 @@ from deployfa.bundle.open_engine import open_bundle, open_slots
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.mixed import MixedRunner
-from deployfa.preprocess import TextPreprocessor
+from deployfa.preprocess import open_preprocessor
 from deployfa.runtimes.runner import Runner
 from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
 from deployfa.tables import AdapterTable, Lease
@@ -22,12 +24,13 @@ __all__ = ["Answer", "Predictor", "RunReport"]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The label of one text; ``score`` is its softmax probability in [0, 1], ``scores`` that of every label.
+    """The label of one text or picture; ``score`` is its softmax probability in [0, 1], ``scores`` that of every label.
 
-    ``adapter``: whose answer it is, in a pack.
+    ``adapter``: whose answer it is, in a pack.  ``image``: the path of the picture, or its number if it has none.
     """
 
-    text: str
+    text: str | None = None
+    image: str | None = None
     adapter: str | None = None
     label: str
     score: float
@@ -60,9 +63,11 @@ class Predictor:
     ) -> None:
         manifest = bundle.manifest
         target = target or manifest.target
-        if manifest.preprocessing.kind != "text":
-            raise BundleError(f"'{bundle.path}' reads {manifest.preprocessing.kind}, not text")
-        self._preprocessor = TextPreprocessor(bundle.path, max_length=manifest.preprocessing.max_length)
+        #: what it is asked: ``text`` or ``image``
+        self.kind = manifest.preprocessing.kind
+        if self.kind not in {"text", "image"}:
+            raise BundleError(f"'{bundle.path}' reads {self.kind}, not text and no pictures")
+        self._preprocessor = open_preprocessor(bundle.path, manifest.preprocessing)
         self._mixed, self.slots = None, None
         if manifest.tables is not None:
             self._mixed = MixedRunner(bundle, table, target=target, engine=engine, threads=threads)
@@ -83,24 +88,25 @@ class Predictor:
 
     def answer(
         self,
-        texts: Sequence[str],
+        items: Sequence[Any],
         *,
         adapters: Sequence[str] | None = None,
         strength: float | None = None,
         slot: SlotAdapter | Current | None = "current",
         batch_size: int = 32,
     ) -> Iterator[Answer]:
-        """Answers in the order of ``texts``, once all are there: rows are batched by length, whatever their adapters.
+        """Answers in the order of ``items``, once all are there: rows are batched by length, whatever their adapters.
 
-        adapters: of a pack, one for each text; strength: how much of them, 0 the base's features, 1 all; slot: of a
-        bundle with slots, the adapter of this call, ``None`` for the base.  An answer has its adapter's own labels.
+        items: texts, or what ``deployfa.preprocess.picture`` calls a picture.  adapters: of a pack, one for each;
+        strength: how much of them, 0 the base's features, 1 all; slot: of a bundle with slots, the adapter of this
+        call, ``None`` for the base.  An answer has its adapter's own labels.
         """
         slot = self._in_slots(slot)
         with self._lease() as lease:
             # the labels are those of the adapters that answered, whoever replaces one meanwhile
-            logits = self._logits(texts, adapters, strength, slot, batch_size, lease)
+            logits = self._logits(items, adapters, strength, slot, batch_size, lease)
             named = {name: self._labels_of(name, lease) for name in adapters or ()}
-        for number, text in enumerate(texts):
+        for number, item in enumerate(items):
             adapter = adapters[number] if adapters is not None else None
             row = logits[number][~np.isneginf(logits[number])]
             if self.slots is not None:
@@ -114,36 +120,37 @@ class Predictor:
             shifted = np.exp(row - row.max())
             scores = {label: float(p) for label, p in zip(labels, shifted / shifted.sum(), strict=True)}
             best = labels[int(row.argmax())]
-            yield Answer(text=text, adapter=adapter, label=best, score=scores[best], scores=scores)
+            asked = {"text": item} if self.kind == "text" else {"image": _name(item, number)}
+            yield Answer(**asked, adapter=adapter, label=best, score=scores[best], scores=scores)
 
     def logits(
         self,
-        texts: Sequence[str],
+        items: Sequence[Any],
         *,
         adapters: Sequence[str] | None = None,
         strength: float | None = None,
         slot: SlotAdapter | Current | None = "current",
         batch_size: int = 32,
     ) -> Array:
-        """(len(texts), labels), float32; minus infinity where a pack's adapter has fewer labels than another."""
+        """(len(items), labels), float32; minus infinity where a pack's adapter has fewer labels than another."""
         with self._lease() as lease:
-            return self._logits(texts, adapters, strength, self._in_slots(slot), batch_size, lease)
+            return self._logits(items, adapters, strength, self._in_slots(slot), batch_size, lease)
 
     def _logits(
         self,
-        texts: Sequence[str],
+        items: Sequence[Any],
         adapters: Sequence[str] | None,
         strength: float | None,
         slot: SlotAdapter | None,
         batch_size: int,
         lease: Lease | None,
     ) -> Array:
-        self._check(texts, adapters, strength)
-        order = np.argsort(self._preprocessor.lengths(texts), kind="stable")
-        found: list[Array | None] = [None] * len(texts)
+        self._check(items, adapters, strength)
+        order = np.argsort(self._preprocessor.lengths(items), kind="stable")
+        found: list[Array | None] = [None] * len(items)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            feeds = self._preprocessor.encode([texts[i] for i in chosen])
+            feeds = self._preprocessor.encode([items[i] for i in chosen])
             wanted = {name: feeds[name] for name in self._names}
             if isinstance(self._runner, MixedRunner):
                 named = [(adapters or ())[i] for i in chosen]
@@ -170,7 +177,7 @@ class Predictor:
             raise InputError("the bundle has no slots for another adapter; export it with --slots")
         return slot
 
-    def _check(self, texts: Sequence[str], adapters: Sequence[str] | None, strength: float | None) -> None:
+    def _check(self, items: Sequence[Any], adapters: Sequence[str] | None, strength: float | None) -> None:
         if self._mixed is None:
             if adapters is not None or (strength is not None and self.slots is None):
                 raise InputError(
@@ -181,5 +188,13 @@ class Predictor:
             names = self.adapters
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
             raise InputError(f"name the adapter that answers with --adapter; there are: {', '.join(names[:6])}{more}")
-        if len(adapters) != len(texts):
-            raise InputError(f"{len(adapters)} adapters for {len(texts)} texts; name one for all, or one for each")
+        if len(adapters) != len(items):
+            raise InputError(f"{len(adapters)} adapters for {len(items)} {self._what}; name one for all, or one each")
+
+    @property
+    def _what(self) -> str:
+        return "texts" if self.kind == "text" else "pictures"
+
+
+def _name(picture: Any, number: int) -> str:
+    return str(picture) if isinstance(picture, str | Path) else f"picture {number + 1}"

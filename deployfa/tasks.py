@@ -9,22 +9,25 @@ from deployfa.errors import InputError
 
 __all__ = ["DEFAULT_TASK", "TASKS", "Kind", "Task", "task_of"]
 
-#: What a model is fed.
-Kind = Literal["text", "image"]
+#: What a model is fed: texts, prompts that it goes on from, or pictures.
+Kind = Literal["text", "prompt", "image"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """``auto_class``: the class of transformers that loads a model for it."""
+    """``auto_class``: the class of transformers that loads a model for it.  ``labelled``: whether its answer is one of
+    the labels of its rows."""
 
     name: str
     kind: Kind
     auto_class: str
+    labelled: bool
 
 
 _ALL = (
-    Task("text-classification", "text", "AutoModelForSequenceClassification"),
-    Task("image-classification", "image", "AutoModelForImageClassification"),
+    Task("text-classification", "text", "AutoModelForSequenceClassification", labelled=True),
+    Task("image-classification", "image", "AutoModelForImageClassification", labelled=True),
+    Task("text-generation", "prompt", "AutoModelForCausalLM", labelled=False),
 )
 DEFAULT_TASK = "text-classification"
 TASKS = {task.name: task for task in _ALL}

@@ -71,7 +71,7 @@ def train(
         from deployfa.training.base import label_order
         from deployfa.training.fit import fit
         from deployfa.training.options import FitOptions
-        from deployfa.training.preprocessing import save_files
+        from deployfa.training.picture_steps import save_files
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "training") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from deployfa.bench.contender import Shape
 from deployfa.edits import Array
 from deployfa.errors import RuntimeTargetError
 from deployfa.graph.row_ops import ADAPTER_IDS
+from deployfa.preprocess.prompt import KEPT
 from deployfa.runtimes.runner import TensorSpec
 
 __all__ = ["make_feeds"]
@@ -21,16 +23,30 @@ def make_feeds(
 ) -> dict[str, Array]:
     """Arrays for every input at ``shape``.
 
-    A dynamic first dimension is the batch and any other one the sequence, unless its name says ``batch`` or ``seq``.
+    A decoder with a cache is fed one new token after ``shape.sequence`` that it has read: a step of generation.
+    Otherwise a dynamic first dimension is the batch and any other one the sequence, unless its name says ``batch`` or
+    ``seq``.
     Token ids are drawn from [1, vocabulary), masks are ones, position ids count up, floating-point inputs are standard
     normal, everything else is zero.  ``adapters``: of a pack; the rows of a batch go to as many different ones as there
     are, drawn at random.  Raises ``RuntimeTargetError`` on a dtype that it cannot make.
     """
-    feeds = {spec.name: _make(spec, shape, seed, vocabulary) for spec in inputs}
+    feeds = {spec.name: _make(spec, shape, seed, vocabulary) for spec in _at_a_step(inputs, shape)}
+    if KEPT in feeds:
+        feeds["position_ids"] = np.full_like(feeds["input_ids"], shape.sequence)
     if adapters and ADAPTER_IDS in feeds:
         order = 1 + np.random.default_rng(seed).permutation(adapters)
         feeds[ADAPTER_IDS] = np.resize(order, shape.batch).astype(np.int64)
     return feeds
+
+
+def _at_a_step(inputs: Sequence[TensorSpec], shape: Shape) -> list[TensorSpec]:
+    """Of a decoder, the sizes of one step in the place of their names."""
+    if all(spec.name != KEPT for spec in inputs):
+        return list(inputs)
+    sizes = {"sequence": 1, "kept": 1, "past_sequence": shape.sequence, "total_sequence": shape.sequence + 1}
+    return [
+        dataclasses.replace(spec, shape=tuple(sizes.get(str(size), size) for size in spec.shape)) for spec in inputs
+    ]
 
 
 def _make(spec: TensorSpec, shape: Shape, seed: int, vocabulary: int) -> Array:

@@ -15,7 +15,7 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError
 from deployfa.preprocess import Preprocessor
 
-__all__ = ["Case", "make_cases", "narrowed", "read_cases", "widened", "write_cases"]
+__all__ = ["Case", "make_cases", "narrowed", "of_one_token", "read_cases", "widened", "write_cases"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,11 @@ def make_cases(preprocessor: Preprocessor, items: Sequence[Any], *, batch_size: 
     last = order[-4:]
     cases.append(case(last, length=min(max(lengths[i] for i in last) + 7, preprocessor.max_length)))
     return cases
+
+
+def of_one_token(logits: Array) -> Array:
+    """(batch, labels) as it is; a decoder's (batch, 1, vocabulary), of the token to come, as (batch, vocabulary)."""
+    return logits[:, 0] if logits.ndim == 3 and logits.shape[1] == 1 else logits
 
 
 def widened(case: Case, labels: int) -> Case:

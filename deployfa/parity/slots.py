@@ -17,7 +17,7 @@ from deployfa.bundle.slots import idle_row, row_adapter, slots_of
 from deployfa.edits import Array
 from deployfa.graph.idle import idle_branch
 from deployfa.graph.storage import load_graph, save_graph
-from deployfa.parity.cases import Case, narrowed, read_cases
+from deployfa.parity.cases import Case, narrowed, of_one_token, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure
 from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport
@@ -37,7 +37,7 @@ def run_slots(runner: SlotRunner, cases: Sequence[Case], adapter: SlotAdapter | 
     """
     names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
     found = [runner.run({name: case.feeds[name] for name in names}, adapter)[output] for case in cases]
-    return [narrowed(answer, case) for answer, case in zip(found, cases, strict=True)]
+    return [narrowed(of_one_token(answer), case) for answer, case in zip(found, cases, strict=True)]
 
 
 def slot_outputs(

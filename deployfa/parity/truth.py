@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from deployfa.graph.evaluate import evaluate
 from deployfa.graph.plan import make_plan
 from deployfa.graph.rewrite import apply_adapter
 from deployfa.graph.storage import save_graph
-from deployfa.parity.cases import Case
+from deployfa.parity.cases import Case, of_one_token
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_runner
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def graph_truth(base: ir.Model, adapter: Adapter, cases: Sequence[Case]) -> tupl
     unfolded = apply_adapter(base, adapter, make_plan(base, adapter, placement="side-op"))
     plain = without_edits(adapter)
     headed = apply_adapter(base, plain, make_plan(base, plain))
-    double = [outputs[output] for outputs in evaluate(unfolded, feeds)]
+    double = [of_one_token(outputs[output]) for outputs in evaluate(unfolded, feeds)]
     with tempfile.TemporaryDirectory(prefix="deployfa-truth-") as scratch:
         single = run_graph(_saved(unfolded, Path(scratch) / "unfolded"), cases, optimize=False)
         bases = run_graph(_saved(headed, Path(scratch) / "base"), cases, optimize=False)
@@ -96,9 +96,11 @@ def run_graph(
     wanted = [spec.name for spec in runner.inputs]
     missing = sorted(set(wanted) - set(cases[0].feeds)) if cases else []
     if missing:
-        raise DataError(f"the graph wants input '{missing[0]}', which text does not give; use verify on a text model")
+        raise DataError(
+            f"the graph wants input '{missing[0]}', which its preprocessing does not give; export the bundle again"
+        )
     name = runner.outputs[0].name
-    return [runner.run({key: case.feeds[key] for key in wanted})[name] for case in cases]
+    return [of_one_token(runner.run({key: case.feeds[key] for key in wanted})[name]) for case in cases]
 
 
 def _saved(model: ir.Model, folder: Path) -> Path:
@@ -128,19 +130,12 @@ def torch_truth(
 
 
 def _run(model: nn.Module, cases: Sequence[Case]) -> list[Array]:
-    import inspect
-
     import torch
 
-    accepted = set(inspect.signature(model.forward).parameters)
-    answers: list[Array] = []
+    from deployfa.training.reference import answer
+
     with torch.inference_mode():
-        for case in cases:
-            feeds: Mapping[str, Any] = {
-                n: torch.from_numpy(np.array(a)) for n, a in case.feeds.items() if n in accepted
-            }
-            answers.append(model(**feeds).logits.numpy())
-    return answers
+        return [of_one_token(answer(model, case.feeds)) for case in cases]
 
 
 def _with_truth(cases: Sequence[Case], truths: Sequence[Array], bases: Sequence[Array]) -> list[Case]:

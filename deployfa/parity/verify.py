@@ -18,7 +18,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError
 from deployfa.graph.row_ops import ADAPTER_IDS
 from deployfa.metrics import Labels
-from deployfa.parity.cases import Case, make_cases, narrowed, read_cases
+from deployfa.parity.cases import Case, make_cases, narrowed, of_one_token, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport, Stage
@@ -210,7 +210,7 @@ def _outputs(bundle: Bundle, cases: Sequence[Case], target: str, engine: str | N
     if is_engine(target):
         with open_engine(bundle, target, name=engine) as runner:
             names, output = [spec.name for spec in runner.inputs], runner.outputs[0].name
-            answers = [runner.run({name: case.feeds[name] for name in names})[output] for case in cases]
+            answers = [of_one_token(runner.run({n: case.feeds[n] for n in names})[output]) for case in cases]
         found = [(name, answers) for name, _ in stages_on(target)]
     else:
         own: dict[str, Any] = {"target": target, "initializers": bundle.initializers, "bound": bundle.bound}

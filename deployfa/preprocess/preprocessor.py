@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from deployfa.edits import Array
 from deployfa.preprocess.image import ImagePreprocessor
+from deployfa.preprocess.prompt import PromptPreprocessor
 from deployfa.preprocess.settings import Preprocessing
 from deployfa.preprocess.text import TextPreprocessor
 
@@ -37,4 +38,6 @@ def open_preprocessor(folder: Path, settings: Preprocessing) -> Preprocessor:
     """The preprocessor whose files lie in ``folder``: of a bundle, or of a base graph in the cache."""
     if settings.image is not None:
         return ImagePreprocessor(settings.image)
+    if settings.kind == "prompt":
+        return PromptPreprocessor(folder, settings)
     return TextPreprocessor(folder, max_length=settings.max_length)

@@ -13,10 +13,11 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError, MissingExtraError
 from deployfa.preprocess.sentences import SENTENCES
 
-__all__ = ["TOKENIZER_FILES", "TextPreprocessor"]
+__all__ = ["CHAT_TEMPLATE", "TOKENIZER_FILES", "TextPreprocessor"]
 
+CHAT_TEMPLATE = "chat_template.jinja"
 #: What a bundle needs of a tokenizer; the first is required.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 class TextPreprocessor:

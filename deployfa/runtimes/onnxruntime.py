@@ -189,7 +189,8 @@ def _way_out(provider: str, otherwise: str) -> str:
 
 def _session_options(ort: Any, *, threads: int | None, spinning: bool, optimize: bool) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # errors come as exceptions, with the same words
+    options.log_severity_level = 4
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads is {threads}; pass 1 or more")

@@ -48,7 +48,7 @@ class Base:
         positions = int(getattr(config, "max_position_embeddings", 0) or 512)
         # RoBERTa counts positions from the padding id on
         offset = int(getattr(config, "pad_token_id", 0) or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
-        return min(positions - offset, 512)
+        return positions if self.does.kind == "prompt" else min(positions - offset, 512)
 
 
 def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed: int = 0) -> Base:

@@ -22,8 +22,9 @@ from deployfa.edits import Array
 from deployfa.errors import ExportError
 from deployfa.naming import SCOPES, TRANSPOSED, module_path_of
 from deployfa.training.base import Base, quiet
-from deployfa.training.reference import float64_throughout
-from deployfa.training.samples import sample_of
+from deployfa.training.decoder import cache_of, decoder_call, name_decoder
+from deployfa.training.reference import answer, float64_throughout
+from deployfa.training.samples import Sample, sample_of
 from deployfa.training.whole_layers import whole_layers
 
 __all__ = ["export_base_graph", "export_module", "probe"]
@@ -38,6 +39,8 @@ def export_base_graph(base: Base) -> ir.Model:
     model = base.model.eval()
     _make_fresh_weights_unique(model, base.fresh_modules)
     sample = sample_of(base)
+    if base.does.kind == "prompt":
+        return _export_decoder(model, sample)
     with _without_cache(model):
         return export_module(model, sample.traced, sample.dynamic)
 
@@ -54,20 +57,42 @@ def export_module(
         name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, {}) if axis < tensor.dim()}
         for name, tensor in feeds.items()
     }
+    program = _traced(model, dict(feeds), shapes)
+    _name_dimensions(program.graph, dynamic)
+    _tidy(program)
+    return program
+
+
+def _export_decoder(model: nn.Module, sample: Sample) -> ir.Model:
+    """One graph that reads prompts and goes on from them; the cache is one keyword of ``forward``."""
+    call = decoder_call(sample.traced)
+    del call["use_cache"]
+    axes = {name: dict.fromkeys(names, torch.export.Dim.DYNAMIC) for name, names in sample.dynamic.items()}
+    cached = [axes[name] for name in sample.traced if name not in call]
+    shapes: dict[str, Any] = {name: cached if name == "past_key_values" else axes[name] for name in call}
+    program = _traced(model, call, shapes)
+    name_decoder(program.graph, cache_of(model))
+    _name_dimensions(program.graph, sample.dynamic)
+    _tidy(program)
+    return program
+
+
+def _traced(model: nn.Module, feeds: dict[str, Any], shapes: dict[str, Any]) -> ir.Model:
     try:
         # the exporters print their progress on standard output, which belongs to --json
         with quiet(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), whole_layers():
-            program = _export(model.eval(), dict(feeds), shapes)
+            return _export(model.eval(), feeds, shapes)
     except Exception as error:
         # any of three libraries may fail here, each with its own exceptions
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
             f"exporting {type(model).__name__} failed ({first_line}); try other versions of torch"
         ) from error
-    _name_dimensions(program.graph, dynamic)
+
+
+def _tidy(program: ir.Model) -> None:
     _clean_metadata(program)
     _name_weights(program)
-    return program
 
 
 @contextlib.contextmanager
@@ -86,14 +111,14 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
         config.use_cache = before
 
 
-def _export(model: nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, dict[int, Any]]) -> ir.Model:
+def _export(model: nn.Module, feeds: dict[str, Any], shapes: dict[str, Any]) -> ir.Model:
     from transformers import PreTrainedModel
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     program: ir.Model
     if isinstance(model, PreTrainedModel):
         config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-        program = OnnxExporter().export(model, feeds, config).program  # type: ignore[arg-type]
+        program = OnnxExporter().export(model, feeds, config).program
         return program
     exported = torch.onnx.export(model, kwargs=feeds, dynamic_shapes=shapes, dynamo=True, verbose=False)
     assert exported is not None  # only dynamo=False returns nothing
@@ -104,16 +129,12 @@ def _export(model: nn.Module, feeds: dict[str, torch.Tensor], shapes: dict[str, 
 def probe(base: Base) -> tuple[dict[str, Array], Array, Array]:
     """Feeds at another shape than the exporter saw, and what PyTorch answers in float64 and in float32: what the graph
     is checked against, and the noise that it is allowed."""
-    feeds = sample_of(base).elsewhere
+    feeds = {name: tensor.numpy() for name, tensor in sample_of(base).elsewhere.items()}
     with torch.inference_mode():
         with float64_throughout():
-            truth = copy.deepcopy(base.model).double()(**_floats(feeds, torch.float64)).logits.numpy()
-        single = base.model(**feeds).logits.numpy()
-    return {name: tensor.numpy() for name, tensor in feeds.items()}, truth, single
-
-
-def _floats(feeds: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
+            truth = answer(copy.deepcopy(base.model).double(), feeds)
+        single = answer(base.model, feeds)
+    return feeds, truth, single
 
 
 def _make_fresh_weights_unique(model: nn.Module, fresh: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from deployfa.metrics import Scores
 from deployfa.training.base import Base
 from deployfa.training.image_examples import ImageExamples
 from deployfa.training.options import FitOptions
-from deployfa.training.preprocessing import image_steps
+from deployfa.training.picture_steps import image_steps
 from deployfa.training.text_examples import TextExamples
 
 __all__ = ["Examples", "Progress", "examples_of"]

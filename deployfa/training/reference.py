@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from deployfa.adapter import Adapter
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.errors import EditError, SiteError
 from deployfa.training.base import Base, base_fingerprint, load_base_of
+from deployfa.training.decoder import decoder_call
 
-__all__ = ["adapted_model", "attach", "float64_throughout", "load_adapted"]
+__all__ = ["adapted_model", "answer", "attach", "float64_throughout", "load_adapted"]
 
 
 def adapted_model(adapter: str | Path, model: str | Path | None = None) -> nn.Module:
@@ -65,6 +67,24 @@ def attach(model: nn.Module, adapter: Adapter, *, edits: bool = True) -> nn.Modu
                 )
             _hook(modules[path], edit)
     return model
+
+
+def answer(model: nn.Module, feeds: Mapping[str, Array]) -> Array:
+    """The logits of ``model`` for the feeds of its graph, floats among them in the dtype that the model has.
+
+    Feeds that ``forward`` does not take are left out.  Call it within ``torch.inference_mode()``.
+    """
+    accepted = set(inspect.signature(model.forward).parameters)
+    dtype = next(model.parameters()).dtype
+    taken: dict[str, Any] = {}
+    for name, array in feeds.items():
+        if name.partition(".")[0] in accepted:
+            tensor = torch.from_numpy(np.array(array))
+            taken[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if any("." in name for name in taken):
+        taken = decoder_call(taken)
+    logits: Array = model(**taken).logits.numpy()
+    return logits
 
 
 @contextlib.contextmanager

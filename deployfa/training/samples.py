@@ -10,14 +10,18 @@ import torch
 from torch import nn
 
 from deployfa.preprocess.image import PIXELS
+from deployfa.preprocess.prompt import KEPT
 from deployfa.training.base import Base
-from deployfa.training.preprocessing import steps_of
+from deployfa.training.decoder import decoder_feeds
+from deployfa.training.picture_steps import steps_of
 
 __all__ = ["TEXT", "Sample", "sample_of", "text_inputs"]
 
 Feeds = dict[str, torch.Tensor]
 #: The dynamic axes of an input of token ids, by name.
 TEXT = {0: "batch", 1: "sequence"}
+#: And of a cached tensor.
+PAST = {0: "batch", 2: "past_sequence"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ def sample_of(base: Base) -> Sample:
     """The sample for what ``base`` is fed."""
     if base.does.kind == "image":
         return _image(base)
-    return _text(base.model)
+    return _prompt(base.model) if base.does.kind == "prompt" else _text(base.model)
 
 
 def _image(base: Base) -> Sample:
@@ -62,3 +66,14 @@ def text_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     if int(getattr(config, "type_vocab_size", 0) or 0) > 1:
         feeds["token_type_ids"] = torch.zeros_like(ids)
     return feeds
+
+
+def _prompt(model: nn.Module) -> Sample:
+    """Elsewhere: three rows, two of them padded, three tokens read before and five new ones."""
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 3], [9, 8, 7, 6, 5, 4, 3, 3], [5, 5, 6, 6, 7, 7, 8, 8]])
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[2, :1] = 0
+    traced = decoder_feeds(model, ids[:2, :7], mask[:2, :7], past=4)
+    axes: dict[str, Mapping[int, str]] = dict.fromkeys(traced, PAST)
+    axes |= {"input_ids": TEXT, "position_ids": TEXT, "attention_mask": {0: "batch", 1: "total_sequence"}}
+    return Sample(traced, {**axes, KEPT: {0: "kept"}}, decoder_feeds(model, ids, mask, past=3))
