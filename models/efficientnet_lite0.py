@@ -5,7 +5,7 @@ from deployfa.recipe import Recipe
 RECIPE = Recipe(
     name="efficientnet_lite0",
     task="image-classification",
-    about="EfficientNet-Lite0 (ImageNet, 224 x 224): the 33 convolutions of 1 x 1 that mix its channels",
+    about="EfficientNet-Lite0 (ImageNet, 224 x 224): the 32 convolutions of 1 x 1 that mix its channels",
     sites=r".*(_expand_conv|_project_conv|_conv_head)",
     # with the convolution of the pixels and those that see one channel each, where a low rank has nothing to mix
     sites_all=r".*(_conv_stem|_expand_conv|_depthwise_conv|_project_conv|_conv_head)",

@@ -202,7 +202,7 @@ def test_a_dead_network_is_named(private_cache: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(InputError, match="no asset is called 'minilmm'; known: efficientnet-lite0, minilm, vader"):
+    with pytest.raises(InputError, match="no asset is called 'minilmm'; known: efficientnet-lite0, minilm, mnist"):
         fetch("minilmm")
 
 

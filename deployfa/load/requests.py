@@ -17,6 +17,7 @@ __all__ = ["Requests"]
 
 Array = npt.NDArray[Any]
 _TEXT = "text"
+_IMAGE = "image"
 #: Different feeds among which requests draw, so that a server that remembers its last answer gains nothing.
 _FEEDS = 16
 #: No BF16 in numpy; its zeros are those of any 16 bits.
@@ -74,7 +75,7 @@ class Requests:
                     "and raw tensors are sent"
                 )
             return
-        raw = [each for each in inputs if each.name != _TEXT]
+        raw = [each for each in inputs if each.name not in {_TEXT, _IMAGE}]
         if not raw:
             raise InputError(
                 f"model '{model}' has no inputs for raw tensors (its inputs: {_names(inputs)}); pass --text"

@@ -9,7 +9,7 @@ from deployfa.edits import Array
 __all__ = ["SAMPLES", "sample_pictures"]
 
 #: Enough rows that the ratio of two noises settles, and few, because float64 in numpy is slow.
-SAMPLES = 20
+SAMPLES = 48
 _SIZES = ((48, 64), (64, 48), (56, 56), (40, 72))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deployfa.serving.datatypes import BYTES, datatype_of
+from deployfa.serving.limits import IMAGE
 from deployfa.serving.model import VERSION, ServedModel
 from deployfa.serving.text import LABEL, SCORE, TEXT
 
@@ -15,7 +16,7 @@ _TYPES = {BYTES: "TYPE_STRING"}
 
 
 def metadata(model: ServedModel) -> dict[str, Any]:
-    """A dynamic dimension is -1.  ``text`` takes the place of all other inputs."""
+    """A dynamic dimension is -1.  ``text``, or ``image``, takes the place of all other inputs."""
     return {
         "name": model.name,
         "versions": [VERSION],
@@ -28,7 +29,7 @@ def metadata(model: ServedModel) -> dict[str, Any]:
 def configuration(model: ServedModel) -> dict[str, Any]:
     """As Triton's ``ModelConfig``, without the dimension that counts rows."""
     policy, batched = model.policy, model.signature.batch is not None
-    reads_text = model.text is not None
+    reads_raw = model.text is not None or model.image is not None
 
     def fields(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
         kind = _TYPES.get(datatype, f"TYPE_{datatype}")
@@ -40,7 +41,7 @@ def configuration(model: ServedModel) -> dict[str, Any]:
         "backend": "onnxruntime",
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": policy.max_rows if batched else 0,
-        "input": [{**fields(*each), "optional": reads_text} for each in _inputs(model)],
+        "input": [{**fields(*each), "optional": reads_raw} for each in _inputs(model)],
         "output": [fields(*each) for each in _outputs(model)],
         "instance_group": [{"name": f"{model.name}_0", "kind": "KIND_CPU", "count": 1}],
         "dynamic_batching": {
@@ -56,6 +57,8 @@ def configuration(model: ServedModel) -> dict[str, Any]:
 
 def _inputs(model: ServedModel) -> list[tuple[str, str, list[int]]]:
     own = [(spec.name, datatype_of(spec.dtype), _shape(spec.shape)) for spec in model.signature.inputs]
+    if model.image is not None:
+        own.append((IMAGE, BYTES, [-1]))
     return [*own, (TEXT, BYTES, [-1])] if model.text is not None else own
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+__all__ = ["IMAGE", "Limits"]
+
+#: The input that takes encoded pictures.
+IMAGE = "image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class Limits:
 
     ``body_bytes``: of a request, after decompression too; ``json_bytes``: of its JSON part; ``header_bytes``: of the
     request line and all headers; ``held_bytes``: of the bodies of all requests together that are not answered yet;
-    ``elements``: of all tensors of a request; ``text_bytes``: of one text.  ``read_s``: by when a request must have
+    ``elements``: of all tensors of a request; ``text_bytes``: of one text;
+    ``picture_bytes``: of one encoded picture.  ``read_s``: by when a request must have
     arrived whole, counted from its first byte; ``idle_s``: how long a connection may wait for its next request;
     ``write_s``: how long a client may leave an answer unread.
     """
@@ -26,6 +30,7 @@ class Limits:
     dimensions: int = 8
     elements: int = 16 * 2**20
     text_bytes: int = 256 * 2**10
+    picture_bytes: int = 16 * 2**20
     connections: int = 1024
     read_s: float = 30.0
     idle_s: float = 75.0

@@ -1,4 +1,4 @@
-"""One bundle being served: from tensors or sentences to answers, its adapters, what it says of itself."""
+"""One bundle being served: from tensors, sentences or pictures to answers, its adapters, what it says of itself."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from deployfa.serving.adapters import AdapterRegistry
 from deployfa.serving.backends import Backend
 from deployfa.serving.batcher import Batcher
 from deployfa.serving.fair_queue import Policy
+from deployfa.serving.limits import IMAGE
+from deployfa.serving.pictures import PictureInput
 from deployfa.serving.request import InferRequest
 from deployfa.serving.runs import Batch, BatchRunner
 from deployfa.serving.signature import Signature
@@ -74,6 +76,7 @@ class ServedModel:
         self._executor = executor
         names = [spec.name for spec in backend.inputs]
         self.text = TextInput(bundle, names) if _reads_text(bundle, names) else None
+        self.image = PictureInput(bundle) if PictureInput.reads(bundle, names) else None
         ranges = index_ranges(load_graph(bundle.graph))
         fill = self.text.pad_id if self.text is not None else 0
         self.signature = Signature(backend.inputs, backend.outputs, ranges=ranges, fill=fill)
@@ -220,6 +223,8 @@ class ServedModel:
 
     async def _feeds_of(self, request: InferRequest) -> Mapping[str, Array]:
         inputs = request.inputs
+        if self.image is not None and IMAGE in inputs:
+            return await self._pictures(self.image, inputs)
         if self.text is None or TEXT not in inputs:
             return inputs
         if len(inputs) > 1:
@@ -228,6 +233,12 @@ class ServedModel:
         if sum(map(len, texts)) <= _SHORT:
             return self.text.encode(texts)
         return await self._loop.run_in_executor(self._executor, self.text.encode, texts)
+
+    async def _pictures(self, image: PictureInput, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if len(inputs) > 1:
+            raise RequestError(f"'{IMAGE}' takes the place of all other inputs; send it alone, or the others")
+        files = image.decoded(inputs[IMAGE], self.policy.max_rows)
+        return await self._loop.run_in_executor(self._executor, image.encode, files)
 
     def _deliver(self, give_out: Callable[[], None]) -> None:
         # the loop may be closed: then nobody is left to be answered

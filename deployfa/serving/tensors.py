@@ -12,7 +12,7 @@ import numpy as np
 from deployfa.edits import Array
 from deployfa.errors import RequestError
 from deployfa.serving.datatypes import BYTES, DATATYPES
-from deployfa.serving.limits import Limits
+from deployfa.serving.limits import IMAGE, Limits
 
 __all__ = ["bytes_tensor", "from_binary", "from_json"]
 
@@ -149,8 +149,7 @@ def _finite(name: str, array: Array) -> Array:
 
 
 def _checked_text(name: str, value: bytes, limits: Limits) -> bytes:
-    if len(value) > limits.text_bytes:
-        raise RequestError(
-            f"input '{name[:80]}' has an element of {len(value):,} bytes; send {limits.text_bytes:,} at most", 413
-        )
+    most = limits.picture_bytes if name == IMAGE else limits.text_bytes
+    if len(value) > most:
+        raise RequestError(f"input '{name[:80]}' has an element of {len(value):,} bytes; send {most:,} at most", 413)
     return value
