@@ -7,10 +7,13 @@ from typing import Literal
 
 from deployfa.errors import InputError
 
-__all__ = ["DEFAULT_TASK", "TASKS", "Kind", "Task", "task_of"]
+__all__ = ["DEFAULT_TASK", "TASKS", "ZERO_SHOT", "Kind", "Task", "task_of"]
 
 #: What a model is fed: texts, prompts that it goes on from, or pictures.
 Kind = Literal["text", "prompt", "image"]
+
+
+ZERO_SHOT = "zero-shot-image-classification"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Task:
 _ALL = (
     Task("text-classification", "text", "AutoModelForSequenceClassification", labelled=True),
     Task("image-classification", "image", "AutoModelForImageClassification", labelled=True),
+    # its head is made of the names of the labels: deployfa.training.zero_shot loads it
+    Task(ZERO_SHOT, "image", "AutoModel", labelled=True),
     Task("text-generation", "prompt", "AutoModelForCausalLM", labelled=False),
 )
 DEFAULT_TASK = "text-classification"

@@ -17,7 +17,7 @@ from deployfa.data import Row, label_ids, label_names
 from deployfa.errors import DataError, InputError, MissingExtraError, StorageError
 from deployfa.metrics import Scores
 from deployfa.task_rows import rows_of
-from deployfa.tasks import Kind, task_of
+from deployfa.tasks import ZERO_SHOT, Kind, task_of
 
 __all__ = ["TrainReport", "train"]
 
@@ -77,6 +77,8 @@ def train(
 
     labels = label_order(model, labels)
     chosen = FitOptions(**options)
+    if chosen.method == "full" and task == ZERO_SHOT:
+        raise InputError("the text tower writes the head anew from the labels, so there is no whole model; use vefa")
     if chosen.method == "full" and out.suffix:
         raise InputError(f"full fine-tuning writes a model directory; give --out without '{out.suffix}'")
     if chosen.method != "full" and out.suffix not in {".pt", ".safetensors", ""}:

@@ -16,7 +16,7 @@ from torch import nn
 
 from deployfa.adapter import Adapter, fingerprint
 from deployfa.errors import ExportError, InputError
-from deployfa.tasks import Task, task_of
+from deployfa.tasks import ZERO_SHOT, Task, task_of
 from deployfa.training import efficientnet_lite  # noqa: F401  (registers it)
 
 __all__ = ["Base", "base_fingerprint", "label_order", "load_base", "load_base_of", "quiet"]
@@ -57,6 +57,8 @@ def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed
     ``labels=None`` keeps those of the checkpoint.  The base's name is absolute where it is a directory.
     Modules that the checkpoint lacks are initialised from ``seed``.  Raises ``InputError`` if it cannot be loaded.
     """
+    if task == ZERO_SHOT:
+        return _load_zero_shot(name, labels)
     auto: Any = getattr(transformers, task_of(task).auto_class)
     torch.manual_seed(seed)
     outputs: dict[str, Any] = {}
@@ -74,15 +76,34 @@ def load_base(name: str | Path, task: str, *, labels: Sequence[str] | None, seed
                 trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load a model from '{name}' ({first_line}); pass its directory with --model"
-        ) from error
+        raise _unloadable(name, error) from error
     missing = set(loading["missing_keys"]) | {key[0] for key in loading["mismatched_keys"]}
     fresh = sorted({key.rpartition(".")[0] for key in missing})
-    # a relative path would mean something else in another directory
-    known = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
-    return Base(model.eval(), known, task, tuple(fresh))
+    return Base(model.eval(), _known(name), task, tuple(fresh))
+
+
+def _load_zero_shot(name: str | Path, labels: Sequence[str] | None) -> Base:
+    """The head is no fresh module: it follows from the labels, and so does the base's fingerprint."""
+    from deployfa.training.zero_shot import load_zero_shot
+
+    if not labels:
+        raise InputError("the head is made of the names of the labels, and there are none; train with deployfa train")
+    try:
+        with quiet():
+            model: nn.Module = load_zero_shot(name, labels)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable(name, error) from error
+    return Base(model.eval(), _known(name), ZERO_SHOT, ())
+
+
+def _known(name: str | Path) -> str:
+    """A relative path would mean something else in another directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
+def _unloadable(name: str | Path, error: Exception) -> InputError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(f"cannot load a model from '{name}' ({first_line}); pass its directory with --model")
 
 
 def label_order(name: str | Path, labels: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from deployfa.training.tokenizer import save_tokenizer
 __all__ = ["image_steps", "save_files", "steps_of"]
 
 #: Kinds of model that take pictures of no other size than their configuration says.
-_FIXED_SIZE = {"clip", "deit", "deployfa_efficientnet_lite", "vit"}
+_FIXED_SIZE = {"clip", "clip_vision_model", "deit", "deployfa_efficientnet_lite", "vit"}
 
 
 def save_files(task: Task, name: str | Path, folder: Path) -> None:
