@@ -24,7 +24,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="minilm (a model) or vader (sentences with human ratings).")],
+    name: Annotated[str, typer.Argument(help="minilm or smollm2 (models), or vader (sentences with human ratings).")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="vader: write CSV files of text,label here.")] = None,
     train_rows: Annotated[int, typer.Option("--train-rows", min=1, help="vader: movie sentences to train on.")] = 3000,
     test_rows: Annotated[
@@ -39,6 +39,7 @@ def fetch(
     Example: deployfa fetch vader --out data
     """
     from deployfa.assets import fetch as run_fetch
+    from deployfa.base_models import BASE_MODELS, base_model
     from deployfa.vader import prepare_vader
 
     if out is not None and name != "vader":
@@ -47,7 +48,7 @@ def fetch(
         )
     files: dict[str, Path] = {}
     with spinner(f"fetching {name}") as status:
-        path = run_fetch(name, progress=status)
+        path = base_model(name, progress=status) if name in BASE_MODELS else run_fetch(name, progress=status)
         if out is not None:
             files = prepare_vader(
                 out,

@@ -15,12 +15,22 @@ __all__ = ["train"]
 
 
 def train(
-    train_file: Annotated[Path, typer.Option("--train", help="CSV or JSONL with text,label.", show_default=False)],
+    train_file: Annotated[
+        Path,
+        typer.Option(
+            "--train",
+            help="CSV or JSONL with text,label; to generate: text, or prompt,completion, or a .txt.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write: vefa.pt, .safetensors, or a directory.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: directory or hub id. Default: the recipe's own.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="What the model does.")] = "text-classification",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="text-classification (the default without a recipe) or text-generation."),
+    ] = None,
     method: Annotated[
         Literal["vefa", "lorfa", "lora", "full", "head"], typer.Option("--method", help="What to train.")
     ] = "vefa",
@@ -28,8 +38,12 @@ def train(
     ood: Annotated[list[str] | None, typer.Option("--ood", help="NAME=FILE: rows of another domain to score.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="Sites and defaults; see deployfa models.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Default: the recipe's for the method.")] = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = 2.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 32,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Passes over the rows. Default: the recipe's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows per step. Default: the recipe's.")
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="r of LoRFA and LoRA.")] = 8,
     alpha: Annotated[float | None, typer.Option("--alpha", help="s = alpha / r. Default: s = 1 LoRFA, 2 LoRA.")] = None,
     shift: Annotated[bool, typer.Option("--shift", help="Also train δ, one more vector per site.")] = False,
@@ -51,19 +65,24 @@ def train(
 
     Example: deployfa train --recipe minilm --train movies_train.csv --eval movies_test.csv --out vefa.pt
     """
-    from deployfa.assets import fetch
+    from deployfa.base_models import base_model
     from deployfa.models import load_recipe
     from deployfa.recipe import Recipe
     from deployfa.train import train as run_training
 
-    chosen = load_recipe(recipe) if recipe else Recipe(name="default", task=task, about="the task's defaults")
+    if recipe:
+        chosen = load_recipe(recipe)
+    else:
+        chosen = Recipe(name="default", task=task or "text-classification", about="the task's defaults")
+    if task is not None and task != chosen.task:
+        raise InputError(f"recipe '{recipe}' is for {chosen.task}; leave --task out, or pass another --recipe")
     if model is None and chosen.asset is None:
         raise InputError("no base model; pass --model DIR_OR_ID, or a --recipe that brings one (--recipe minilm)")
     options: dict[str, Any] = {
         "method": method,
         "learning_rate": learning_rate if learning_rate is not None else chosen.learning_rate[method],
-        "epochs": epochs,
-        "batch_size": batch_size,
+        "epochs": epochs if epochs is not None else chosen.epochs,
+        "batch_size": batch_size if batch_size is not None else chosen.batch_size,
         "rank": rank,
         "alpha": alpha,
         "seed": seed,
@@ -77,8 +96,8 @@ def train(
     shifted = named_files(ood or [], "--ood")
     with progress_bar() as progress:
         report = run_training(
-            model=model if model is not None else fetch(chosen.asset or ""),
-            task=task,
+            model=model if model is not None else base_model(chosen.asset or ""),
+            task=chosen.task,
             train_file=train_file,
             eval_file=eval_file,
             shifted_files=shifted,
@@ -93,7 +112,17 @@ def train(
         return
     from rich.table import Table
 
-    table = Table(title=f"{report.method}: {report.trainable_parameters:,} trainable parameters")
+    title = f"{report.method}: {report.trainable_parameters:,} trainable parameters"
+    if report.perplexities:
+        table = Table(title=title)
+        for column in ("domain", "tokens", "perplexity", "of the base", "change (%)"):
+            table.add_column(column, justify="left" if column == "domain" else "right")
+        for name, found in report.perplexities.items():
+            change = "" if found.base is None else f"{100 * (found.perplexity / found.base - 1):+.1f}"
+            base = "" if found.base is None else f"{found.base:.2f}"
+            table.add_row(name, f"{found.tokens:,}", f"{found.perplexity:.2f}", base, change)
+        show(table)
+    table = Table(title=title)
     for column in ("domain", "rows", "accuracy (%)", "balanced accuracy (%)"):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, scores in report.scores.items():

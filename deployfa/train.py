@@ -12,9 +12,10 @@ import msgspec
 
 from deployfa.atomic import check_output, storage_errors, write_directory
 from deployfa.bundle.bundle import sha256_file
-from deployfa.data import Row, label_ids, label_names, read_rows
+from deployfa.data import Row, label_ids, label_names, read_language, read_rows
 from deployfa.errors import DataError, InputError, MissingExtraError, StorageError
-from deployfa.metrics import Scores
+from deployfa.metrics import Perplexity, Scores
+from deployfa.tasks import task_of
 
 __all__ = ["TrainReport", "train"]
 
@@ -22,7 +23,10 @@ Progress = Callable[[str, int, int], None]
 
 
 class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was trained and how good it is; the schema of ``train --json``.  Scores are fractions in [0, 1]."""
+    """What was trained and how good it is; the schema of ``train --json``.
+
+    Per domain: scores, fractions in [0, 1]; of a language model perplexities instead.
+    """
 
     out: str
     method: str
@@ -31,7 +35,8 @@ class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
     train_rows: int
     trainable_parameters: int
     seconds: float
-    scores: dict[str, Scores]
+    scores: dict[str, Scores] = {}
+    perplexities: dict[str, Perplexity] = {}
     options: dict[str, Any]
 
 
@@ -58,11 +63,13 @@ def train(
     if not out.name:
         raise InputError(f"'{out}' is no name for an adapter; pass --out vefa.pt")
     # files first: importing PyTorch takes seconds that a typo should not cost
-    rows = read_rows(train_file)
-    labels = label_names(rows)
-    if len(labels) < 2:
+    labelled = task_of(task).labelled
+    read = read_rows if labelled else read_language
+    rows = read(train_file)
+    labels = label_names(rows) if labelled else []
+    if labelled and len(labels) < 2:
         raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
-    domains = _domains(eval_file, shifted_files, labels)
+    domains = _domains(eval_file, shifted_files, labels, read)
     try:
         from deployfa.training.base import label_order
         from deployfa.training.fit import fit
@@ -71,7 +78,8 @@ def train(
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "training") from error
 
-    labels = label_order(model, labels)
+    if labelled:
+        labels = label_order(model, labels)
     chosen = FitOptions(**options)
     if chosen.method == "full" and out.suffix:
         raise InputError(f"full fine-tuning writes a model directory; give --out without '{out.suffix}'")
@@ -118,7 +126,8 @@ def train(
         train_rows=len(rows),
         trainable_parameters=trained.trainable_parameters,
         seconds=trained.seconds,
-        scores=trained.scores,
+        scores={name: found for name, found in trained.scores.items() if isinstance(found, Scores)},
+        perplexities={name: found for name, found in trained.scores.items() if isinstance(found, Perplexity)},
         options=msgspec.to_builtins(chosen),
     )
 
@@ -142,12 +151,16 @@ def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: P
 
 
 def _domains(
-    eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
+    eval_file: Path | None,
+    shifted_files: Mapping[str, Path],
+    labels: Sequence[str],
+    read: Callable[[Path], list[Row]],
 ) -> dict[str, Sequence[Row]]:
     """Every file read and checked before training starts: a bad label should not cost two minutes."""
     named = {**({"eval": eval_file} if eval_file is not None else {}), **shifted_files}
     domains: dict[str, Sequence[Row]] = {}
     for name, file in named.items():
-        domains[name] = read_rows(file)
-        label_ids(domains[name], labels)
+        domains[name] = read(file)
+        if labels:
+            label_ids(domains[name], labels)
     return domains

@@ -20,12 +20,15 @@ CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
+_ENDLESS = 1 << 62
+
+
 class TextPreprocessor:
-    """Tokenise, truncate to ``max_length`` tokens, pad to the longest row."""
+    """Tokenise, truncate to ``max_length`` tokens (``None``: not at all), pad to the longest row."""
 
     samples = SENTENCES
 
-    def __init__(self, folder: Path, *, max_length: int) -> None:
+    def __init__(self, folder: Path, *, max_length: int | None) -> None:
         try:
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
@@ -37,11 +40,14 @@ class TextPreprocessor:
             self._tokenizer: Any = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise BundleError(f"'{file}' is no tokenizer ({error}); save the model's fast tokenizer there") from error
-        self.max_length = max_length
+        self.max_length = max_length or _ENDLESS
         pad_token = _pad_token(folder)
         pad_id = self._tokenizer.token_to_id(pad_token) if pad_token else None
         # the file may carry a fixed length from training; ours replaces it
-        self._tokenizer.enable_truncation(max_length)
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length)
         self._tokenizer.enable_padding(pad_id=pad_id or 0, pad_token=pad_token or "[PAD]")
 
     def encode(self, texts: Sequence[str], *, length: int | None = None) -> dict[str, Array]:
@@ -66,6 +72,15 @@ class TextPreprocessor:
     def pad_id(self) -> int:
         """The token id that fills up a row."""
         return int(self._tokenizer.padding["pad_id"])
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of one text, with the special ones that the tokenizer puts around it."""
+        (encoding,) = self._encode([text])
+        return [int(token) for token in encoding.ids]
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of one text, without any special ones."""
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation and without padding."""

@@ -17,10 +17,9 @@ from torch import nn
 from deployfa.adapter import Adapter
 from deployfa.data import Row
 from deployfa.errors import InputError
-from deployfa.metrics import Scores
 from deployfa.training.base import Base, load_base, quiet
 from deployfa.training.capture import capture, head_only
-from deployfa.training.examples import Progress, examples_of
+from deployfa.training.examples import Progress, Score, examples_of
 from deployfa.training.options import FitOptions
 from deployfa.training.tuners import LoRFAConfig, VeFAConfig
 
@@ -33,7 +32,7 @@ class Trained:
 
     model: nn.Module
     adapter: Adapter | None
-    scores: dict[str, Scores]
+    scores: dict[str, Score]
     seconds: float
     trainable_parameters: int
 
@@ -59,7 +58,7 @@ def fit(
     started = time.monotonic()
     device = _device(options)
     transformers.set_seed(options.seed)
-    base = load_base(base_name, task, labels=labels, seed=options.seed)
+    base = load_base(base_name, task, labels=labels or None, seed=options.seed)
     # texts cannot be longer than the positions that the model knows
     options = msgspec.structs.replace(
         options, precision=_precision(options, device), max_length=min(options.max_length, base.max_length)
@@ -80,7 +79,7 @@ def fit(
         outcome = trainer.train(resume_from_checkpoint=last)
     model.eval()
     seconds = time.monotonic() - started
-    scores = {}
+    scores: dict[str, Score] = {}
     with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
         for name, domain in domains.items():
             scores[name] = examples.score(model, domain, label=name, progress=progress)

@@ -10,7 +10,7 @@ from deployfa.training.base import Base
 from deployfa.training.decoder import cache_of
 from deployfa.training.tokenizer import save_tokenizer
 
-__all__ = ["save_preprocessor"]
+__all__ = ["generation_of", "save_preprocessor"]
 
 
 def save_preprocessor(base: Base, folder: Path) -> Preprocessing:
@@ -25,11 +25,12 @@ def save_preprocessor(base: Base, folder: Path) -> Preprocessing:
         kind="prompt",
         max_length=base.max_length,
         cache=cache_of(base.model),
-        generation=_generation(base, chat_template=(folder / CHAT_TEMPLATE).is_file()),
+        generation=generation_of(base, chat_template=(folder / CHAT_TEMPLATE).is_file()),
     )
 
 
-def _generation(base: Base, *, chat_template: bool) -> Generation:
+def generation_of(base: Base, *, chat_template: bool = False) -> Generation:
+    """When a decoder is done, as its checkpoint says."""
     model: Any = base.model
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
