@@ -57,14 +57,18 @@ def verify(
     """
     from deployfa.adapter import Adapter
     from deployfa.bundle import Bundle
-    from deployfa.data import read_rows
+    from deployfa.data import read_language, read_rows
     from deployfa.parity import verify as run_verify
+    from deployfa.tasks import task_of
 
     opened = Bundle.open(bundle, patch=patch)
     several = opened.manifest.slots is not None or opened.manifest.tables is not None
     if allow_base_mismatch and (adapter is None or not several):
         raise InputError("--allow-base-mismatch is for the --adapter of a bundle with slots or of a pack; leave it out")
-    rows = read_rows(data, need_label=False)[:max_rows] if data is not None else None
+    rows = None
+    if data is not None:
+        labelled = task_of(opened.manifest.base.task).labelled
+        rows = (read_rows(data, need_label=False) if labelled else read_language(data))[:max_rows]
     given: dict[str, Any] = {"rows": rows, "model": model, "use_torch": torch}
     with spinner("verifying") as status:
         if adapter is not None and several:

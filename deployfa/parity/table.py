@@ -43,5 +43,10 @@ def render(report: ParityReport) -> list[RenderableType]:
     )
     if report.truth_accuracy is not None:
         noise += f"; accuracy of the truth {100 * report.truth_accuracy:.2f} %"
+    if (found := report.perplexity) is not None:
+        noise += (
+            f"; perplexity of {found.tokens:,} tokens: PyTorch {found.truth:.4f}, the bundle {found.deployed:.4f} "
+            f"({100 * found.difference:+.4f} %, limit {100 * found.limit:g} %)"
+        )
     verdict = Text(f"{'PASS' if report.passed else 'FAIL'}: {report.reason}", style="green" if report.passed else "red")
     return [table, noise, verdict]
