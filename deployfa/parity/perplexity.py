@@ -86,7 +86,7 @@ def _likelihoods(
         feeds = reader.feeds([piece.tokens for piece in batch])
         width = feeds["input_ids"].shape[1]
         feeds[KEPT] = np.arange(width - 1)
-        logits = run({name: array for name, array in feeds.items() if name in names})["logits"].astype(np.float64)
+        logits = run({name: array for name, array in feeds.items() if name in names})["logits"]
         logits -= logits.max(-1, keepdims=True)
         picked = np.take_along_axis(logits, feeds["input_ids"][:, 1:, None], axis=2)[..., 0]
         scores = picked - np.log(np.exp(logits).sum(-1))

@@ -74,7 +74,7 @@ def log_likelihoods(
     pad: int,
     label: str = "",
     progress: Callable[[str, int, int], None] | None = None,
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Of every token that is learnt, (tokens,): in the order of the lengths of their pieces."""
     order = sorted(found, key=lambda piece: len(piece.tokens))
     device = next(model.parameters()).device
@@ -91,8 +91,9 @@ def log_likelihoods(
             for number, piece in enumerate(batch):
                 ids[number, : len(piece.tokens)] = torch.tensor(piece.tokens)
                 mask[number, : len(piece.tokens)] = 1
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double()
-            scores = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None].to(device))[..., 0].cpu().numpy()
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
+            picked = logits.gather(2, ids[:, 1:, None].to(device))[..., 0]
+            scores = (picked - logits.logsumexp(-1)).cpu().numpy()
             parts += [scores[n, piece.start - 1 : len(piece.tokens) - 1] for n, piece in enumerate(batch)]
             done += len(batch)
             if progress:
