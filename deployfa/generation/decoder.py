@@ -105,10 +105,7 @@ class Decoder:
     def empty(self, batch: int) -> Caches:
         """The caches of ``batch`` rows that have read nothing yet."""
         return self.values(
-            {
-                name: np.zeros((batch, heads, 0, width), dtype)
-                for name, (heads, width, dtype) in self._empty.items()
-            }
+            {name: np.zeros((batch, heads, 0, width), dtype) for name, (heads, width, dtype) in self._empty.items()}
         )
 
     def values(self, arrays: Mapping[str, Array]) -> dict[str, Any]:

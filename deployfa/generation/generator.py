@@ -1,4 +1,4 @@
-"""``Generator``: prompts in, tokens out as they come, several prompts at once, each with its own options and adapter."""
+"""``Generator``: prompts in, tokens out as they come; several at once, each with its own options and adapter."""
 
 from __future__ import annotations
 
@@ -224,8 +224,8 @@ class Generator:
         asked = room if options.max_new_tokens is None else options.max_new_tokens
         if asked > room:
             raise InputError(
-                f"prompt {number + 1} has {len(prompt)} tokens, which leaves room for {room} of {most}, and {asked} are "
-                f"asked for; pass --max-new-tokens {room}, or shorten the prompt"
+                f"prompt {number + 1} has {len(prompt)} tokens, which leaves room for {room} of {most}, and {asked} "
+                f"are asked for; pass --max-new-tokens {room}, or shorten the prompt"
             )
         stream = TextStream(self.tokenizer, prompt, options.stop)
         return _Row(number, prompt, asked, Sampler(options, prompt), stream)
@@ -238,7 +238,7 @@ class Generator:
         if not ids:
             raise InputError(f"prompt {number + 1} has no tokens; write something for the model to go on from")
         size = self.decoder.vocabulary
-        if size is not None and not (0 <= min(ids) and max(ids) < size):
+        if size is not None and not (min(ids) >= 0 and max(ids) < size):
             raise InputError(f"prompt {number + 1} has a token id outside 0 to {size - 1}; use the model's tokenizer")
         return ids
 

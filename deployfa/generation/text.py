@@ -8,7 +8,7 @@ from typing import Any
 
 from deployfa.errors import BundleError, InputError, MissingExtraError
 
-__all__ = ["Tokenizer", "TextStream"]
+__all__ = ["TextStream", "Tokenizer"]
 
 
 class Tokenizer:
