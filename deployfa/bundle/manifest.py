@@ -18,7 +18,6 @@ __all__ = [
     "AdapterSummary",
     "Candidate",
     "FusedCount",
-    "Generation",
     "GraphSummary",
     "Manifest",
     "Optimization",
@@ -87,16 +86,6 @@ class FusedCount(msgspec.Struct, frozen=True, kw_only=True):
 
     base: int
     adapted: int
-
-
-class Generation(msgspec.Struct, frozen=True, kw_only=True):
-    """How a decoder is run: the tokens that end an answer, the one that pads, how many positions there are, and whether
-    a chat template lies in the bundle."""
-
-    eos_token_ids: list[int]
-    pad_token_id: int
-    max_positions: int
-    chat_template: bool
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +158,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []
     tables: Tables | None = None
     slots: Slots | None = None
-    generation: Generation | None = None
     engines: list[EngineRecord] = []
     parity: dict[str, Any] | None = None
     bench: dict[str, Any] | None = None

@@ -22,10 +22,10 @@ import msgspec
 from deployfa.bundle import Bundle
 from deployfa.errors import BundleError, MissingExtraError
 from deployfa.generation import chat_worker
+from deployfa.preprocess import CHAT_TEMPLATE
 
-__all__ = ["CHAT_TEMPLATE", "Message", "open_chat_template", "render"]
+__all__ = ["Message", "open_chat_template", "render"]
 
-CHAT_TEMPLATE = "chat_template.jinja"
 _SECONDS = 20
 #: Of a ``tokenizer_config.json``, what templates may name.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -43,7 +43,7 @@ def open_chat_template(bundle: Bundle) -> tuple[str, dict[str, str]]:
 
     Raises ``BundleError`` where there is none, or the manifest does not vouch for it.
     """
-    settings = bundle.manifest.generation
+    settings = bundle.manifest.preprocessing.generation
     if settings is None or not settings.chat_template or CHAT_TEMPLATE not in bundle.manifest.files:
         raise BundleError(f"'{bundle.path}' has no chat template; leave --chat out")
     try:

@@ -35,6 +35,7 @@ def limit() -> None:
 def render(request: dict[str, Any]) -> list[str]:
     """The environment is that of transformers; raises whatever jinja2 raises."""
     import jinja2
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -58,7 +59,7 @@ def render(request: dict[str, Any]) -> list[str]:
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
-                raise jinja2.sandbox.SecurityError(f"'{name}' is no name for a template's variable")
+                raise SecurityError(f"'{name}' is no name for a template's variable")
             super().__setitem__(name, value)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:

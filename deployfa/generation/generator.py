@@ -10,7 +10,6 @@ from typing import Literal
 import msgspec
 
 from deployfa.bundle import Bundle
-from deployfa.bundle.manifest import Generation
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.generation.batch import PREFILL_CHUNK, Batch
@@ -18,6 +17,7 @@ from deployfa.generation.decoder import Decoder, Run, open_decoder
 from deployfa.generation.options import Options
 from deployfa.generation.sampling import Sampler
 from deployfa.generation.text import TextStream, Tokenizer
+from deployfa.preprocess import Generation
 from deployfa.runtimes.slots import Current, SlotAdapter
 from deployfa.tables import AdapterTable
 
@@ -256,7 +256,7 @@ def open_generator(
     Raises ``BundleError`` for a bundle of another task, and what opening its graph and its tokenizer raises.
     """
     decoder = open_decoder(bundle, table=table, target=target, threads=threads, spinning=spinning)
-    settings = bundle.manifest.generation
+    settings = bundle.manifest.preprocessing.generation
     if settings is None:
         raise BundleError(f"the manifest of '{bundle.path}' does not say how to generate; export it again")
     return Generator(decoder, Tokenizer(bundle.path), settings)

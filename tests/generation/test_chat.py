@@ -96,7 +96,10 @@ def test_without_jinja2_the_extra_is_named(monkeypatch):
 def bundle(path, *, says: bool = True, vouched: bool = True) -> Any:
     files = {"chat_template.jinja": "sha"} if vouched else {}
     return SimpleNamespace(
-        path=path, manifest=SimpleNamespace(files=files, generation=SimpleNamespace(chat_template=says))
+        path=path,
+        manifest=SimpleNamespace(
+            files=files, preprocessing=SimpleNamespace(generation=SimpleNamespace(chat_template=says))
+        ),
     )
 
 

@@ -18,7 +18,6 @@ import torch
 import transformers as tf
 
 from deployfa.adapter import Adapter, BaseReference
-from deployfa.bundle.manifest import Generation
 from deployfa.edits import Array, Edit, LowRank
 from deployfa.generation.decoder import Decoder
 from deployfa.generation.generator import Generator
@@ -30,6 +29,7 @@ from deployfa.graph.row_layout import base_heads, base_weights, make_layout
 from deployfa.graph.row_ops import add_slots, add_tables
 from deployfa.graph.storage import save_graph
 from deployfa.mixed import MixedRunner
+from deployfa.preprocess import Generation
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.slots import SlotRunner
 from deployfa.tables import base_row, row_of
