@@ -50,15 +50,18 @@ def read_rows(path: Path, *, need_label: bool = True) -> list[Row]:
 def read_language(path: Path) -> list[Row]:
     """Rows to train or to score a language model on, in order.
 
-    ``.txt``: one text, cut into pieces as long as the model reads them.  ``.csv``, ``.jsonl``: a column ``text``,
+    ``.txt``: one text, its lines ended by line feeds, cut into pieces as long as the model reads them.  ``.csv``, ``.jsonl``: a column ``text``,
     or ``prompt`` and ``completion``, of which only the completion is learnt; others are ignored.  Raises what
     ``read_rows`` raises.
     """
     if path.suffix.lower() == ".txt":
-        text = _decode(path)
+        # how an editor ends its lines is no part of the text
+        text = _decode(path).replace("\r\n", "\n").replace("\r", "\n")
         if not text.strip():
             raise DataError(f"'{path}' holds no text; give a file with some")
         return [Row(text, line=1)]
+    if path.suffix.lower() not in (".csv", *_JSON_SUFFIXES):
+        raise DataError(f"'{path}' is neither .txt, .csv nor .jsonl; convert it, or rename it if it is one of them")
     columns = ("prompt", "completion") if "prompt" in _column_names(path) else ("text",)
     rows = []
     for line, values in _records(path, columns):
@@ -126,12 +129,17 @@ def _column_names(path: Path) -> list[str]:
     """Those of the header, or of the first object; none if there is no telling."""
     import msgspec
 
-    first = next((line for line in _content(path).split("\n") if line.strip()), "")
+    content = _content(path)
     if path.suffix.lower() == ".csv":
-        return [cell.strip() for cell in next(csv.reader([first]), [])]
+        try:
+            header = next((cells for cells in csv.reader(io.StringIO(content, newline="")) if cells), [])
+        except csv.Error:
+            return []
+        return [cell.strip() for cell in header]
+    first = next((line for line in content.split("\n") if line.strip()), "")
     try:
         value = msgspec.json.decode(first)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return []
     return list(value) if isinstance(value, dict) else []
 
@@ -140,6 +148,8 @@ def _csv_records(
     path: Path, content: str, columns: tuple[str, ...], also: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, object]]]:
     # strict: an unclosed quotation mark would otherwise swallow the rest of the file into one text
+    # the limit of csv is one for the process, 128 KiB: a chapter of a book is longer
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     header: list[str] | None = None
     line = 1
@@ -176,7 +186,7 @@ def _json_records(
             continue
         try:
             value: Any = msgspec.json.decode(raw)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise DataError(f"'{path}' line {line} is not JSON ({error}); write one object a line") from error
         if not isinstance(value, dict):
             shown = ", ".join(f'"{name}": …' for name in columns)
