@@ -50,9 +50,9 @@ def read_rows(path: Path, *, need_label: bool = True) -> list[Row]:
 def read_language(path: Path) -> list[Row]:
     """Rows to train or to score a language model on, in order.
 
-    ``.txt``: one text, its lines ended by line feeds, cut into pieces as long as the model reads them.  ``.csv``, ``.jsonl``: a column ``text``,
-    or ``prompt`` and ``completion``, of which only the completion is learnt; others are ignored.  Raises what
-    ``read_rows`` raises.
+    ``.txt``: one text, its lines ended by line feeds, cut into pieces as long as the model reads them.  ``.csv``,
+    ``.jsonl``: a column ``text``, or ``prompt`` and ``completion``, of which only the completion is learnt; others are
+    ignored.  Raises what ``read_rows`` raises.
     """
     if path.suffix.lower() == ".txt":
         # how an editor ends its lines is no part of the text

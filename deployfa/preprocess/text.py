@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +74,40 @@ class TextPreprocessor:
         """The token id that fills up a row."""
         return int(self._tokenizer.padding["pad_id"])
 
-    def ids(self, text: str) -> list[int]:
-        """The tokens of one text, with the special ones that the tokenizer puts around it."""
-        (encoding,) = self._encode([text])
-        return [int(token) for token in encoding.ids]
+    def openings(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts that go on, not padded: special ones that the tokenizer puts before a text, and none of
+        those that it puts behind."""
+        found = []
+        for encoding in self._encode(texts):
+            # of the padding, and of what was put around the text; 0 for special tokens that the text itself spells out
+            added = encoding.special_tokens_mask
+            size = len(added)
+            while size > self._before and added[size - 1]:
+                size -= 1
+            found.append([int(token) for token in encoding.ids[:size]])
+        return found
+
+    @cached_property
+    def _before(self) -> int:
+        """How many tokens the tokenizer puts before a text: an empty one does not show it."""
+        added = self._tokenizer.encode("a").special_tokens_mask
+        return next((place for place, special in enumerate(added) if not special), 0)
 
     def plain(self, text: str) -> list[int]:
-        """The tokens of one text, without any special ones."""
-        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False).ids]
+        """The tokens of one text, without any that the tokenizer puts around it."""
+        (encoding,) = self._encode([text], special=False)
+        return [int(token) for token in encoding.ids]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation and without padding."""
         return [int(sum(e.attention_mask)) for e in self._encode(texts)]
 
-    def _encode(self, texts: Sequence[str]) -> Any:
+    def _encode(self, texts: Sequence[str], *, special: bool = True) -> Any:
         for number, text in enumerate(texts, start=1):
             # bytes of a command line that are not UTF-8 arrive as lone surrogates
             if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
                 raise InputError(f"text {number} is not valid UTF-8; write it as UTF-8")
-        return self._tokenizer.encode_batch(list(texts))
+        return self._tokenizer.encode_batch(list(texts), add_special_tokens=special)
 
 
 def _pad_token(folder: Path) -> str | None:
