@@ -35,9 +35,11 @@ def generation_of(base: Base, *, chat_template: bool = False) -> Generation:
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     pad = model.generation_config.pad_token_id
+    # some checkpoints say -1 for none
+    has_pad = pad is not None and pad >= 0
     return Generation(
         eos_token_ids=[int(end) for end in ends],
-        pad_token_id=int(pad if pad is not None else ends[0] if ends else 0),
+        pad_token_id=int(pad if has_pad else ends[0] if ends else 0),
         max_positions=base.max_length,
         chat_template=chat_template,
     )
