@@ -118,9 +118,12 @@ def train(
         for column in ("domain", "tokens", "perplexity", "of the base", "change (%)"):
             table.add_column(column, justify="left" if column == "domain" else "right")
         for name, found in report.perplexities.items():
-            change = "" if found.base is None else f"{100 * (found.perplexity / found.base - 1):+.1f}"
-            base = "" if found.base is None else f"{found.base:.2f}"
-            table.add_row(name, f"{found.tokens:,}", f"{found.perplexity:.2f}", base, change)
+            change = base = ""
+            own = "∞" if found.perplexity is None else f"{found.perplexity:.2f}"
+            if found.base is not None:
+                base = f"{found.base:.2f}"
+                change = "" if found.perplexity is None else f"{100 * (found.perplexity / found.base - 1):+.1f}"
+            table.add_row(name, f"{found.tokens:,}", own, base, change)
         show(table)
     table = Table(title=title)
     for column in ("domain", "rows", "accuracy (%)", "balanced accuracy (%)"):

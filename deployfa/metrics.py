@@ -48,12 +48,13 @@ def mcnemar_exact(only_first_right: int, only_second_right: int) -> float:
 class Perplexity(msgspec.Struct, frozen=True, kw_only=True):
     """exp of the mean negative log-likelihood of ``tokens`` tokens, each given those before it in its row.
 
-    ``base``: the same of the base model, without what was trained.
+    ``None`` if that is NaN or infinity: JSON has no word for them.  ``base``: the same of the base model, without what
+    was trained.
     """
 
     rows: int
     tokens: int
-    perplexity: float
+    perplexity: float | None
     base: float | None = None
 
 
@@ -62,4 +63,6 @@ def perplexity(log_likelihoods: npt.NDArray[np.floating], *, rows: int) -> Perpl
     if log_likelihoods.size == 0:
         raise StatisticsError("no tokens to score; pass a file with texts of two tokens or more")
     mean = float(np.mean(log_likelihoods, dtype=np.float64))
-    return Perplexity(rows=rows, tokens=int(log_likelihoods.size), perplexity=math.exp(min(-mean, 700.0)))
+    # exp leaves float's range at 709
+    found = math.exp(min(-mean, 700.0)) if math.isfinite(mean) else None
+    return Perplexity(rows=rows, tokens=int(log_likelihoods.size), perplexity=found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def train(
         raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
     domains = _domains(eval_file, shifted_files, labels, read)
     try:
-        from deployfa.training.base import label_order
+        from deployfa.training.base import label_order, quiet
         from deployfa.training.fit import fit
         from deployfa.training.options import FitOptions
         from deployfa.training.tokenizer import save_tokenizer
@@ -96,7 +97,8 @@ def train(
                 f"'{work.parent}' is not a folder, so '{out}' cannot be made; pass another --out"
             ) from error
         _same_request(work, chosen, str(model), train_file)
-    with tempfile.TemporaryDirectory(prefix="deployfa-tokenizer-") as folder, storage_errors(work):
+    scratch = tempfile.TemporaryDirectory(prefix="deployfa-tokenizer-")
+    with scratch as folder, storage_errors(work), _kept_to_resume(work):
         save_tokenizer(model, Path(folder))
         trained = fit(
             model,
@@ -115,7 +117,8 @@ def train(
         else:
             with write_directory(out, force=force) as partial:
                 saved: Any = trained.model
-                saved.save_pretrained(partial)
+                with quiet():
+                    saved.save_pretrained(partial)
                 save_tokenizer(model, partial)
     shutil.rmtree(work, ignore_errors=True)
     return TrainReport(
@@ -130,6 +133,17 @@ def train(
         perplexities={name: found for name, found in trained.scores.items() if isinstance(found, Perplexity)},
         options=msgspec.to_builtins(chosen),
     )
+
+
+@contextmanager
+def _kept_to_resume(work: Path) -> Iterator[None]:
+    """After an error ``work`` stays only if there is something to resume from in it."""
+    try:
+        yield
+    except BaseException:
+        if not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: Path) -> None:

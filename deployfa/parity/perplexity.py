@@ -61,11 +61,14 @@ def compare_perplexity(
     found = of_pieces(bundle, rows)
     deployed = bundle_perplexity(bundle, found, target=target, rows=len(rows))
     wanted = perplexity(truth(found), rows=len(rows))
+    difference = None
+    if deployed.perplexity is not None and wanted.perplexity is not None:
+        difference = deployed.perplexity / wanted.perplexity - 1.0
     return PerplexityParity(
         tokens=wanted.tokens,
         truth=wanted.perplexity,
         deployed=deployed.perplexity,
-        difference=deployed.perplexity / wanted.perplexity - 1.0,
+        difference=difference,
         limit=LIMIT,
     )
 

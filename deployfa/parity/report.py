@@ -32,18 +32,19 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 class PerplexityParity(msgspec.Struct, frozen=True, kw_only=True):
     """The perplexity of PyTorch (``truth``, float32, adapter unfolded) and of the bundle, on the same ``tokens``.
 
-    ``difference``: of the second from the first, relatively; it may be ``limit`` in either direction.
+    ``difference``: of the second from the first, relatively; it may be ``limit`` in either direction.  ``None`` where
+    they are NaN or infinity: JSON has no word for them.
     """
 
     tokens: int
-    truth: float
-    deployed: float
-    difference: float
+    truth: float | None
+    deployed: float | None
+    difference: float | None
     limit: float
 
     @property
     def passed(self) -> bool:
-        return abs(self.difference) <= self.limit
+        return self.difference is not None and abs(self.difference) <= self.limit
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):

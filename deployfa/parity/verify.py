@@ -130,10 +130,13 @@ def verify(
 def _with_perplexity(report: ParityReport, found: PerplexityParity) -> ParityReport:
     if found.passed or not report.passed:
         return msgspec.structs.replace(report, perplexity=found)
-    reason = (
-        f"the perplexity of the bundle differs from PyTorch's by {100 * found.difference:+.3g} %, "
-        f"the limit is {100 * found.limit:g} %"
-    )
+    if found.difference is None:
+        reason = "the perplexity of the bundle or that of PyTorch is no finite number"
+    else:
+        reason = (
+            f"the perplexity of the bundle differs from PyTorch's by {100 * found.difference:+.3g} %, "
+            f"the limit is {100 * found.limit:g} %"
+        )
     return msgspec.structs.replace(report, perplexity=found, passed=False, reason=reason)
 
 

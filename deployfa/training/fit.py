@@ -78,6 +78,7 @@ def fit(
         last = _last_checkpoint(work) if resume else None
         outcome = trainer.train(resume_from_checkpoint=last)
     model.eval()
+    _check_finite(model, options)
     seconds = time.monotonic() - started
     scores: dict[str, Score] = {}
     with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -94,6 +95,15 @@ def fit(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = _capture(model, base, labels, options, summary)
     return Trained(model, adapter, scores, round(seconds, 1), trainable)
+
+
+def _check_finite(model: nn.Module, options: FitOptions) -> None:
+    """Raise ``InputError`` if the training has diverged: what it found is no adapter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"the training went to NaN or infinity (in '{name}'); pass a lower --lr than {options.learning_rate:g}"
+            )
 
 
 def _with_adapter(base: Base, options: FitOptions) -> nn.Module:

@@ -119,7 +119,7 @@ def test_rows_keep_their_order_and_those_of_one_token_are_left_out(tmp_path: Pat
 
 @pytest.mark.parametrize("longest", [1, 0])
 def test_one_token_at_a_time_is_no_language_model(tmp_path: Path, longest: int) -> None:
-    with pytest.raises(InputError, match=f"max-length is {longest}.*pass 2"):
+    with pytest.raises(InputError, match=rf"max-length is {longest}.*pass 2"):
         pieces(words(tmp_path), [("w1 w2", None)], max_length=longest, end=END)
 
 
