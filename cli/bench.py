@@ -16,7 +16,13 @@ __all__ = ["bench"]
 
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="Bundle directories.", show_default=False)],
-    shapes: Annotated[str, typer.Option("--shapes", help="BATCHxSEQUENCE,...")] = "1x128,8x128",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--shapes",
+            help="BATCHxSEQUENCE,... Of bundles that generate: BATCHxPROMPT.  [default: 1x128,8x128; 1x32,4x32,16x32]",
+        ),
+    ] = None,
     against: Annotated[
         str, typer.Option("--against", help="base, torch, FILE.onnx,...: the first is what ratios refer to.")
     ] = "",
@@ -27,8 +33,16 @@ def bench(
         Literal["on", "off", "both"],
         typer.Option("--spinning", help="Idle threads burn their core (ORT's default: on)."),
     ] = "off",
-    samples: Annotated[int, typer.Option("--samples", min=11, help="Per contender and shape; 662 for p99.")] = 130,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=11,
+            help="Per contender and shape; 662 for p99.  [default: 130; 15 generations]",
+        ),
+    ] = None,
     launches: Annotated[int, typer.Option("--launches", min=1, help="Processes per contender.")] = 5,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each generation.")] = 64,
     max_seconds: Annotated[
         float, typer.Option("--max-seconds", min=1, help="Per shape, all contenders together.")
     ] = 60,
@@ -41,23 +55,43 @@ def bench(
     """Time bundles, interleaved, each in its own process, with an interval on every ratio.
 
     Example: deployfa bench vefa.bundle --against base,torch --shapes 1x128,8x128
+
+    Bundles that generate, whole answers: deployfa bench smol.bundle --against torch --shapes 1x32,4x32 --new-tokens 64
     """
     from deployfa.contenders import collect, forget_scratch, summaries
 
-    sizes = parse_shapes(shapes)
+    names = [name for name in against.split(",") if name]
+    # against a graph, a step of a decoder is timed like any other run
+    if set(names) <= {"torch"} and _generate(bundles):
+        from deployfa.cli.bench_generation import bench_generation
+
+        bench_generation(
+            bundles,
+            parse_shapes(shapes or "1x32,4x32,16x32"),
+            torch=bool(names),
+            target=target,
+            threads=threads,
+            spinning=spinning,
+            samples=samples or 15,
+            launches=launches,
+            new_tokens=new_tokens,
+            seed=seed,
+            model=model,
+            json=json,
+        )
+        return
+    sizes = parse_shapes(shapes or "1x128,8x128")
     with tempfile.TemporaryDirectory(prefix="deployfa-base-") as scratch, progress_bar() as progress:
         from deployfa.bench import bench as run_bench
 
-        opened, contenders = collect(
-            bundles, [a for a in against.split(",") if a], Path(scratch), model=model, target=target, engine=engine
-        )
+        opened, contenders = collect(bundles, names, Path(scratch), model=model, target=target, engine=engine)
         report = run_bench(
             contenders,
             sizes,
             threads=threads,
             spinning=spinning,
             launches=launches,
-            min_samples=samples,
+            min_samples=samples or 130,
             max_seconds_per_shape=max_seconds,
             seed=seed,
             progress=lambda what, share: progress("benching", round(100 * share), 100),
@@ -73,3 +107,11 @@ def bench(
         from deployfa.bench.table import render
 
         show(render(report))
+
+
+def _generate(bundles: list[Path]) -> bool:
+    """Whether all of them generate."""
+    from deployfa.bundle import Bundle
+
+    opened = [Bundle.open(path, check_files=False) for path in bundles]
+    return all(each.manifest.base.task == "text-generation" for each in opened)

@@ -114,7 +114,7 @@ def export(
         "target": target,
         "optimize": optimize,
         "shapes": parse_shapes(shapes),
-        "rows": rows_of(task_of(loaded.base.task).kind, data, need_label=False) if data is not None else None,
+        "rows": rows_of(task_of(loaded.base.task), data, need_label=False) if data is not None else None,
         "threads": threads,
         "force": force,
         "allow_base_mismatch": allow_base_mismatch,

@@ -24,7 +24,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="A model: minilm, efficientnet-lite0. Data: vader, digits.")],
+    name: Annotated[str, typer.Argument(help="Models: minilm, smollm2, efficientnet-lite0. Data: vader, digits.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="vader, digits: write files of rows here.")] = None,
     train_rows: Annotated[int, typer.Option("--train-rows", min=1, help="Rows to train on.")] = 3000,
     test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="The most rows per domain to score.")] = 2000,
@@ -36,7 +36,8 @@ def fetch(
 
     Example: deployfa fetch vader --out data
     """
-    from deployfa.base_models import base_model
+    from deployfa.assets import fetch as run_fetch
+    from deployfa.base_models import BASE_MODELS, base_model
     from deployfa.digits import prepare_digits
     from deployfa.vader import prepare_vader
 
@@ -46,7 +47,8 @@ def fetch(
         )
     files: dict[str, Path] = {}
     with spinner(f"fetching {name}") as status:
-        path = base_model("mnist-5k" if name == "digits" else name, progress=status)
+        asset = "mnist-5k" if name == "digits" else name
+        path = base_model(name, progress=status) if name in BASE_MODELS else run_fetch(asset, progress=status)
         if out is not None and name == "digits":
             files = prepare_digits(
                 out, seed=seed, train_size=train_rows, test_size=test_rows, force=force, progress=status

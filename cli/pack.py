@@ -76,7 +76,7 @@ def pack(
     files = _Files(named(adapters))
     rows = None
     if data is not None:
-        rows = rows_of(task_of(files[next(iter(files))].base.task).kind, data, need_label=False)
+        rows = rows_of(task_of(files[next(iter(files))].base.task), data, need_label=False)
     with spinner("packing") as status:
         packed = run_pack(
             files,

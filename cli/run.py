@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from deployfa.cli.console import print_json, show
 from deployfa.cli.options import EngineOption, Json, PatchOption, TargetOption, Threads
+from deployfa.cli.run_slots import swap
 from deployfa.errors import InputError
-
-if TYPE_CHECKING:
-    from deployfa.bundle import Bundle
-    from deployfa.runtimes.slots import SlotRunner
 
 __all__ = ["run"]
 
@@ -37,13 +34,36 @@ def run(
     strength: Annotated[
         float | None, typer.Option("--strength", help="Of a pack's or a slot's adapter: 0 is the base, 1 all of it.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt to go on from; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A .txt with a prompt a line, or CSV or JSONL with a text column.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of each answer, at most.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token, always.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw from so many of the most likely; 0 from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the most likely that have this probability.")
+    ] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Draw from those with this share of the likeliest's.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: what was said becomes less likely.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the draws; the second prompt's is one more, and so on.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text that ends an answer; may be given several times.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     patch: PatchOption = None,
     target: TargetOption = None,
     engine: EngineOption = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Answer texts or pictures: label and score.  Needs onnxruntime, and tokenizers or Pillow.
+    """Answer texts or pictures, label and score, or go on from prompts.  Needs onnxruntime, tokenizers or Pillow.
 
     Example: deployfa run vefa.bundle --text "A joy from start to finish."
 
@@ -54,28 +74,64 @@ def run(
     A bundle with slots runs the adapter it came with, or another: deployfa run slots.bundle -t "A joy." -a other.pt
 
     With an adapter's patch on a fleet's bundle: deployfa run fleet.bundle --patch vefa.patch --text "A joy."
+
+    A bundle that generates streams its answer: deployfa run smol.bundle --prompt "Once upon a time" --temperature 0.7
     """
     from deployfa.bundle import Bundle
     from deployfa.predict import Predictor, RunReport
     from deployfa.task_rows import rows_of
+    from deployfa.tasks import task_of
 
-    if not text and not image and data is None:
-        raise InputError('nothing to answer; pass --text "...", --image FILE or --data FILE')
     opened = Bundle.open(bundle, patch=patch)
-    kind = opened.manifest.preprocessing.kind
-    if kind == "image" and text:
+    asked = prompt or prompts is not None
+    if opened.manifest.base.task == "text-generation":
+        from deployfa.cli.run_generation import read_prompts, run_generation
+        from deployfa.generation.options import Options
+
+        if text or image or data is not None:
+            raise InputError(f"'{bundle}' generates; pass --prompt or --prompts instead of --text and --data")
+        if engine is not None:
+            raise InputError("generation runs in ONNX Runtime, which has no engines; leave --engine out")
+        run_generation(
+            opened,
+            [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])],
+            Options(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                stop=tuple(stop or ()),
+            ),
+            adapters=adapter or [],
+            strength=strength,
+            chat=chat,
+            target=target,
+            threads=threads,
+            patch=patch,
+            json=json,
+        )
+        return
+    if asked or chat:
+        raise InputError(f"'{bundle}' does not generate ({opened.manifest.base.task}); pass --text or --data")
+    task = task_of(opened.manifest.base.task)
+    if task.kind == "image" and text:
         raise InputError(f"'{bundle}' reads pictures; pass --image FILE, not --text")
-    if kind != "image" and image:
+    if task.kind != "image" and image:
         raise InputError(f"'{bundle}' reads text; pass --text, not --image")
     items: list[Any] = [*(text or []), *(image or [])]
     names = [str(item) for item in items]
     if data is not None:
-        rows = rows_of(kind, data, need_label=False)
+        rows = rows_of(task, data, need_label=False)
         items += [row.item for row in rows]
         names += [row.text for row in rows]
+    if not items:
+        raise InputError('nothing to answer; pass --text "...", --image FILE or --data FILE')
     predictor = Predictor(opened, target=target, engine=engine, threads=threads)
     if predictor.slots is not None:
-        _swap(opened, predictor.slots, adapter or [])
+        swap(opened, predictor.slots, adapter or [])
         named = None
     else:
         named = adapter if adapter is None or len(adapter) != 1 else adapter * len(items)
@@ -88,13 +144,3 @@ def run(
     for answer, name in zip(answers, names, strict=True):
         whose = f"{answer.adapter:<{longest}}  " if answer.adapter is not None else ""
         show(f"{whose}{answer.label:<{width}}  {answer.score:.3f}  {name}")
-
-
-def _swap(bundle: Bundle, slots: SlotRunner, adapters: list[str]) -> None:
-    """The one adapter that is named into the slots, ``none`` out of them; without a name its own stays."""
-    from deployfa.slots import slot_adapter
-
-    if len(adapters) > 1:
-        raise InputError("slots hold one adapter at a time; name one, or make a pack, which mixes: deployfa pack")
-    for name in adapters:
-        slots.swap(None if name == "none" else slot_adapter(bundle, slots, Path(name)))

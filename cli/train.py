@@ -20,7 +20,11 @@ __all__ = ["train"]
 def train(
     train_file: Annotated[
         Path,
-        typer.Option("--train", help="CSV or JSONL with text,label; or labelled pictures.", show_default=False),
+        typer.Option(
+            "--train",
+            help="CSV or JSONL with text,label; labelled pictures; to generate: text, prompt,completion, or .txt.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write: vefa.pt, .safetensors, or a directory.")],
     model: Annotated[
@@ -40,8 +44,12 @@ def train(
         str, typer.Option("--sites", help="recipe: the recipe's; all: every layer; or a regex of module paths.")
     ] = "recipe",
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Default: the recipe's for the method.")] = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = 2.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 32,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Passes over the rows. Default: the recipe's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows per step. Default: the recipe's.")
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="r of LoRFA and LoRA.")] = 8,
     alpha: Annotated[float | None, typer.Option("--alpha", help="s = alpha / r. Default: s = 1 LoRFA, 2 LoRA.")] = None,
     shift: Annotated[bool, typer.Option("--shift", help="Also train δ, one more vector per site.")] = False,
@@ -69,16 +77,19 @@ def train(
     from deployfa.tasks import DEFAULT_TASK
     from deployfa.train import train as run_training
 
-    chosen = load_recipe(recipe) if recipe else Recipe(name="default", task=task or DEFAULT_TASK, about="the task's")
+    if recipe:
+        chosen = load_recipe(recipe)
+    else:
+        chosen = Recipe(name="default", task=task or DEFAULT_TASK, about="the task's defaults")
     if task is not None and task != chosen.task:
-        raise InputError(f"recipe '{chosen.name}' is for {chosen.task}, not {task}; leave --task out, or --recipe")
+        raise InputError(f"recipe '{recipe}' is for {chosen.task}; leave --task out, or pass another --recipe")
     if model is None and chosen.asset is None:
         raise InputError("no base model; pass --model DIR_OR_ID, or a --recipe that brings one (--recipe minilm)")
     options: dict[str, Any] = {
         "method": method,
         "learning_rate": learning_rate if learning_rate is not None else chosen.learning_rate[method],
-        "epochs": epochs,
-        "batch_size": batch_size,
+        "epochs": epochs if epochs is not None else chosen.epochs,
+        "batch_size": batch_size if batch_size is not None else chosen.batch_size,
         "rank": rank,
         "alpha": alpha,
         "seed": seed,
@@ -108,7 +119,20 @@ def train(
         return
     from rich.table import Table
 
-    table = Table(title=f"{report.method}: {report.trainable_parameters:,} trainable parameters")
+    title = f"{report.method}: {report.trainable_parameters:,} trainable parameters"
+    if report.perplexities:
+        table = Table(title=title)
+        for column in ("domain", "tokens", "perplexity", "of the base", "change (%)"):
+            table.add_column(column, justify="left" if column == "domain" else "right")
+        for name, found in report.perplexities.items():
+            change = base = ""
+            own = "∞" if found.perplexity is None else f"{found.perplexity:.2f}"
+            if found.base is not None:
+                base = f"{found.base:.2f}"
+                change = "" if found.perplexity is None else f"{100 * (found.perplexity / found.base - 1):+.1f}"
+            table.add_row(name, f"{found.tokens:,}", own, base, change)
+        show(table)
+    table = Table(title=title)
     for column in ("domain", "rows", "accuracy (%)", "balanced accuracy (%)"):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, scores in report.scores.items():

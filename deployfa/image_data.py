@@ -88,7 +88,7 @@ def _from_rows(path: Path, need_label: bool) -> list[Row]:
         image = path.parent / row.text
         if not image.is_file():
             raise DataError(f"'{path}' line {row.line} names '{row.text}', which is no file beside it; mend the path")
-        found.append(LabelledPicture(f"'{image}'", row.label, row.line, image))
+        found.append(LabelledPicture(f"'{image}'", row.label, row.line, image=image))
     return found
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from deployfa.edits import Array
 from deployfa.graph.precision import Precision, type_graph
 from deployfa.graph.storage import save_graph
-from deployfa.parity.cases import Case
+from deployfa.parity.cases import Case, of_one_token
 from deployfa.parity.measures import LIMIT, normwise, unmasked
 from deployfa.quantise import quantise
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
@@ -54,7 +54,7 @@ def stored_judge(cases: Sequence[Case], defaults: Mapping[str, Array], noise: fl
             output = runner.outputs[0].name
             fed = [{spec.name: feed[spec.name] for spec in runner.inputs} for feed in feeds]
             found = [runner.run(each)[output].astype(np.float64) for each in fed]
-        return normwise(*unmasked(np.concatenate(found), truth))
+        return normwise(*unmasked(np.concatenate([of_one_token(each) for each in found]), truth))
 
     return Judge(feeds, error, noise, normwise(*unmasked(base, truth)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from deployfa.bundle import Bundle
 from deployfa.bundle.open_engine import open_engine
 from deployfa.edits import Array
-from deployfa.errors import InputError
+from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.graph.row_ops import ADAPTER_IDS, STRENGTH
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.runner import TensorSpec
@@ -146,6 +146,38 @@ class MixedRunner:
         if lease is None:
             raise InputError("the rows of a table that changes are valid within a lease only; pass lease=")
         return self._runner.run(wanted, self._bound(lease))
+
+    def rows(self, adapters: Sequence[str], lease: Lease | None = None) -> Array:
+        """(len(adapters),) int64, what ``run_rows`` and ``run_values`` take; ``lease``: see ``lease()``.
+
+        Raises ``InputError`` on an unknown name.
+        """
+        if lease is not None:
+            return lease.rows(adapters)
+        return np.array([self._row(name) for name in adapters], np.int64)
+
+    def values(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """``arrays`` as the runtime's own values, for ``run_values``."""
+        return self._runner.values(arrays)
+
+    def run_values(
+        self,
+        values: Mapping[str, Any],
+        rows: Array,
+        *,
+        strength: Array | float | None = None,
+        lease: Lease | None = None,
+    ) -> dict[str, Any]:
+        """``run_rows`` with the runtime's own values in and out, as ``OnnxRuntimeRunner.run_values``."""
+        if isinstance(self._runner, EngineRunner):
+            raise RuntimeTargetError("an engine hands no values on; pick the target onnxruntime-cpu")
+        if self._table is not None and lease is None:
+            raise InputError("the rows of a table that changes are valid within a lease only; pass lease=")
+        own: dict[str, Array] = {ADAPTER_IDS: rows}
+        if strength is not None:
+            own[STRENGTH] = _strengths(strength, len(rows))
+        bound = None if lease is None else self._bound(lease)
+        return self._runner.run_values({**values, **self._runner.values(own)}, bound)
 
     def _row(self, name: str) -> int:
         row = self._members.get(name)

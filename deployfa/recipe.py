@@ -13,9 +13,9 @@ class Recipe:
     """Declarative; a model without one works from ``DEFAULTS`` of its task.
 
     ``sites``: PEFT ``target_modules`` (a regex or names).  ``learning_rate``: per method.  ``max_length``: training
-    texts are cut there, in tokens.  ``sites_all``: every layer that
-    can be adapted, where ``all-linear`` does not say it.  ``asset``: the name under which ``deployfa fetch`` knows the
-    model, if any.
+    texts are cut there, in tokens.  ``batch_size``: rows per step.  ``epochs``: passes over the rows.  ``asset``: the
+    name of the model in ``deployfa.base_models``, if it can be fetched.  ``sites_all``: every layer that can be
+    adapted, where ``all-linear`` does not say it.
     """
 
     name: str
@@ -26,5 +26,7 @@ class Recipe:
         default_factory=lambda: {"vefa": 5e-3, "lorfa": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 1e-3}
     )
     max_length: int = 128
+    batch_size: int = 32
+    epochs: float = 2.0
     asset: str | None = None
     sites_all: str | tuple[str, ...] | None = None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deployfa.data import Row, read_rows
+from deployfa.data import Row, read_language, read_rows
 from deployfa.image_data import read_pictures
-from deployfa.tasks import Kind
+from deployfa.tasks import Task
 
 __all__ = ["rows_of"]
 
 
-def rows_of(kind: Kind, path: Path, *, need_label: bool = True) -> list[Row]:
-    """What a model that is fed ``kind`` reads of ``path``; raises ``DataError``."""
-    if kind == "image":
+def rows_of(task: Task, path: Path, *, need_label: bool = True) -> list[Row]:
+    """What a model that does ``task`` reads of ``path``; raises ``DataError``."""
+    if task.kind == "image":
         return read_pictures(path, need_label=need_label)
-    return read_rows(path, need_label=need_label)
+    return read_rows(path, need_label=need_label) if task.labelled else read_language(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from deployfa.atomic import check_output, storage_errors, write_directory
 from deployfa.bundle.bundle import sha256_file
 from deployfa.data import Row, label_ids, label_names
 from deployfa.errors import DataError, InputError, MissingExtraError, StorageError
-from deployfa.metrics import Scores
+from deployfa.metrics import Perplexity, Scores
 from deployfa.task_rows import rows_of
-from deployfa.tasks import ZERO_SHOT, Kind, task_of
+from deployfa.tasks import ZERO_SHOT, Task, task_of
 
 __all__ = ["TrainReport", "train"]
 
@@ -25,7 +26,10 @@ Progress = Callable[[str, int, int], None]
 
 
 class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was trained and how good it is; the schema of ``train --json``.  Scores are fractions in [0, 1]."""
+    """What was trained and how good it is; the schema of ``train --json``.
+
+    Per domain: scores, fractions in [0, 1]; of a language model perplexities instead.
+    """
 
     out: str
     method: str
@@ -34,7 +38,8 @@ class TrainReport(msgspec.Struct, frozen=True, kw_only=True):
     train_rows: int
     trainable_parameters: int
     seconds: float
-    scores: dict[str, Scores]
+    scores: dict[str, Scores] = {}
+    perplexities: dict[str, Perplexity] = {}
     options: dict[str, Any]
 
 
@@ -61,21 +66,22 @@ def train(
     if not out.name:
         raise InputError(f"'{out}' is no name for an adapter; pass --out vefa.pt")
     # files first: importing PyTorch takes seconds that a typo should not cost
-    kind = task_of(task).kind
-    rows = rows_of(kind, train_file)
-    labels = label_names(rows)
-    if len(labels) < 2:
+    labelled = task_of(task).labelled
+    rows = rows_of(task_of(task), train_file)
+    labels = label_names(rows) if labelled else []
+    if labelled and len(labels) < 2:
         raise DataError(f"'{train_file}' has one label only ('{labels[0]}'); a classifier needs two or more")
-    domains = _domains(kind, eval_file, shifted_files, labels)
+    domains = _domains(task_of(task), eval_file, shifted_files, labels)
     try:
-        from deployfa.training.base import label_order
+        from deployfa.training.base import label_order, quiet
         from deployfa.training.fit import fit
         from deployfa.training.options import FitOptions
         from deployfa.training.picture_steps import save_files
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "training") from error
 
-    labels = label_order(model, labels)
+    if labelled:
+        labels = label_order(model, labels)
     chosen = FitOptions(**options)
     if chosen.method == "full" and task == ZERO_SHOT:
         raise InputError("the text tower writes the head anew from the labels, so there is no whole model; use vefa")
@@ -94,7 +100,8 @@ def train(
                 f"'{work.parent}' is not a folder, so '{out}' cannot be made; pass another --out"
             ) from error
         _same_request(work, chosen, str(model), train_file)
-    with tempfile.TemporaryDirectory(prefix="deployfa-train-") as folder, storage_errors(work):
+    scratch = tempfile.TemporaryDirectory(prefix="deployfa-train-")
+    with scratch as folder, storage_errors(work), _kept_to_resume(work):
         save_files(task_of(task), model, Path(folder))
         trained = fit(
             model,
@@ -113,7 +120,8 @@ def train(
         else:
             with write_directory(out, force=force) as partial:
                 saved: Any = trained.model
-                saved.save_pretrained(partial)
+                with quiet():
+                    saved.save_pretrained(partial)
                 save_files(task_of(task), model, partial)
     shutil.rmtree(work, ignore_errors=True)
     return TrainReport(
@@ -124,9 +132,21 @@ def train(
         train_rows=len(rows),
         trainable_parameters=trained.trainable_parameters,
         seconds=trained.seconds,
-        scores=trained.scores,
+        scores={name: found for name, found in trained.scores.items() if isinstance(found, Scores)},
+        perplexities={name: found for name, found in trained.scores.items() if isinstance(found, Perplexity)},
         options=msgspec.to_builtins(chosen),
     )
+
+
+@contextmanager
+def _kept_to_resume(work: Path) -> Iterator[None]:
+    """After an error ``work`` stays only if there is something to resume from in it."""
+    try:
+        yield
+    except BaseException:
+        if not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: Path) -> None:
@@ -148,14 +168,15 @@ def _same_request(work: Path, options: msgspec.Struct, model: str, train_file: P
 
 
 def _domains(
-    kind: Kind, eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
+    task: Task, eval_file: Path | None, shifted_files: Mapping[str, Path], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
     """Every file read and checked before training starts: a bad label should not cost two minutes."""
     named = {**({"eval": eval_file} if eval_file is not None else {}), **shifted_files}
     domains: dict[str, Sequence[Row]] = {}
     for name, file in named.items():
-        domains[name] = rows_of(kind, file)
-        label_ids(domains[name], labels)
+        domains[name] = rows_of(task, file)
+        if labels:
+            label_ids(domains[name], labels)
     return domains
 
 

@@ -14,6 +14,7 @@ from deployfa.data import label_ids, label_names
 from deployfa.errors import DataError
 from deployfa.image_data import read_pictures
 from deployfa.task_rows import rows_of
+from deployfa.tasks import task_of
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ class TestRows:
         (tmp_path / "a.csv").write_text("label,image\nred,in/a.png\n")
         (tmp_path / "a.jsonl").write_text('{"image": "in/a.png", "label": 3}\n')
         for name, label in (("a.csv", "red"), ("a.jsonl", "3")):
-            (row,) = rows_of("image", tmp_path / name)
+            (row,) = rows_of(task_of("image-classification"), tmp_path / name)
             assert (row.item, row.label) == (tmp_path / "in" / "a.png", label)
             assert row.line == (2 if name == "a.csv" else 1)
 
@@ -174,4 +175,4 @@ class TestRows:
 
     def test_texts_stay_texts(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text,label\nx,y\n")
-        assert rows_of("text", tmp_path / "a.csv")[0].item == "x"
+        assert rows_of(task_of("text-classification"), tmp_path / "a.csv")[0].item == "x"

@@ -1,7 +1,10 @@
-"""Accuracy against scikit-learn, McNemar against scipy's binomial test."""
+"""Accuracy against scikit-learn, McNemar against scipy's binomial test, perplexity against its definition."""
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +14,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from deployfa.errors import StatisticsError
-from deployfa.metrics import mcnemar_exact, score
+from deployfa.metrics import Perplexity, mcnemar_exact, perplexity, score
 
 #: a mean of n terms in another order differs by at most n roundings
 EPS = 2.0**-53
@@ -49,3 +52,23 @@ def test_mcnemar_of_more_rows_than_float_has_exponents():
     assert mcnemar_exact(1000, 1100) == pytest.approx(binomtest(1000, 2100, 0.5).pvalue, rel=2100**2 * EPS)
     assert mcnemar_exact(3000, 3000) == 1.0
     assert mcnemar_exact(0, 2000) == 0.0  # 2 / 2**2000 is below the smallest float
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
+    found = perplexity(np.log([0.5, 0.25, 0.125]), rows=2)
+    assert (found.rows, found.tokens, found.base) == (2, 3, None)
+    assert found.perplexity == pytest.approx(4.0)
+    # in float64, whatever it is given
+    assert perplexity(np.full(10_000, -1.0, np.float16), rows=1).perplexity == pytest.approx(math.e, rel=1e-12)
+    with pytest.raises(StatisticsError, match="no tokens"):
+        perplexity(np.array([]), rows=0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_a_perplexity_that_is_no_number_is_none(wrong: float) -> None:
+    """JSON has no word for it, and whoever reads the report decodes it by its type."""
+    found = perplexity(np.array([-1.0, wrong]), rows=1)
+    assert found.perplexity is None
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Perplexity) == found
+    huge = perplexity(np.array([-1e5]), rows=1).perplexity
+    assert huge is not None and math.isfinite(huge)

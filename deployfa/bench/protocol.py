@@ -11,11 +11,15 @@ __all__ = [
     "Count",
     "Counted",
     "Failed",
+    "Generate",
+    "Generated",
     "Memorised",
     "Memory",
     "Open",
+    "OpenGenerator",
     "Opened",
     "Prepare",
+    "PreparePrompts",
     "Prepared",
     "Ready",
     "Reply",
@@ -65,6 +69,34 @@ class Run(msgspec.Struct, tag="run", frozen=True):
     count: int
 
 
+class OpenGenerator(msgspec.Struct, tag="open generator", frozen=True, kw_only=True):
+    """Load what generates: ``bundle`` of kind ``bundle``; of kind ``torch``, ``model`` and, if not ``None``,
+    ``adapter``."""
+
+    label: str
+    kind: str
+    bundle: str | None
+    adapter: str | None
+    model: str | None
+    target: str | None
+    threads: int
+    spinning: bool
+
+
+class PreparePrompts(msgspec.Struct, tag="prepare prompts", frozen=True):
+    """Draw ``batch`` prompts of ``prompt`` tokens, ids in [1, vocabulary), and generate ``new`` tokens once."""
+
+    batch: int
+    prompt: int
+    new: int
+    seed: int
+    vocabulary: int
+
+
+class Generate(msgspec.Struct, tag="generate", frozen=True):
+    """Time one generation."""
+
+
 class Memory(msgspec.Struct, tag="memory", frozen=True):
     """Ask for the peak so far."""
 
@@ -101,6 +133,15 @@ class Block(msgspec.Struct, tag="block", frozen=True):
     ms: list[float]
 
 
+class Generated(msgspec.Struct, tag="generated", frozen=True):
+    """first_ms: until the first token of every row; ms: until the last one.  sha256: of all tokens, to tell whether two
+    contenders generated the same."""
+
+    first_ms: float
+    ms: float
+    sha256: str
+
+
 class Memorised(msgspec.Struct, tag="memorised", frozen=True):
     """``None`` where the system does not tell."""
 
@@ -118,5 +159,5 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-Request = Open | Prepare | Warm | Run | Memory | Count
-Reply = Ready | Opened | Prepared | Warmed | Block | Memorised | Counted | Failed
+Request = Open | Prepare | Warm | Run | Memory | Count | OpenGenerator | PreparePrompts | Generate
+Reply = Ready | Opened | Prepared | Warmed | Block | Memorised | Counted | Generated | Failed

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 
@@ -27,7 +27,7 @@ from deployfa.edits import Array
 from deployfa.errors import DeployfaError, RuntimeTargetError
 from deployfa.runtimes.runner import Runner, TensorSpec
 
-__all__ = ["Worker", "main"]
+__all__ = ["Answers", "Worker", "main", "peak_memory_bytes", "serve", "settle"]
 
 _WINDOW_MS = 50.0  # a warm-up window is at least this long and this many runs
 _WINDOW_RUNS = 5
@@ -58,6 +58,8 @@ class Worker:
                 return say.Memorised(peak_memory_bytes())
             case say.Count():
                 return self._count()
+            case _:
+                raise RuntimeTargetError(f"this worker times single runs; {type(request).__name__} is for another one")
 
     def _open(self, request: say.Open) -> say.Opened:
         build = _load_graph if request.kind == "onnx" else _load_module
@@ -107,7 +109,7 @@ class Worker:
             samples = [self._once(runner) for _ in range(count)]
         finally:
             gc.enable()
-        _settle()
+        settle()
         return say.Block(samples)
 
     def _count(self) -> say.Counted:
@@ -148,13 +150,23 @@ def peak_memory_bytes() -> int | None:
     return None
 
 
+class Answers(Protocol):
+    """What a worker's process is about."""
+
+    def answer(self, request: say.Request) -> say.Reply: ...
+
+
 def main() -> int:
     """Serve stdin until it closes."""
+    return serve(Worker())
+
+
+def serve(worker: Answers) -> int:
+    """Let ``worker`` answer stdin until it closes; an error is an answer too."""
     _die_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     requests, replies = _take_streams()
     decoder, encode = msgspec.json.Decoder(say.Request), msgspec.json.encode
-    worker = Worker()
 
     def send(reply: say.Reply) -> None:
         replies.write(encode(reply) + b"\n")
@@ -234,7 +246,7 @@ def module_inputs(module: Any, beside: list[str]) -> list[str]:
     return beside or [name for name in _TOKEN_INPUTS if name in parameters] or list(parameters)[:1]
 
 
-def _settle(limit_s: float = 1.0) -> None:
+def settle(limit_s: float = 1.0) -> None:
     """Wait until this process's own threads have stopped polling, so that they take nothing from the next one."""
     deadline = time.perf_counter() + limit_s
     quiet = 0

@@ -28,17 +28,27 @@ _STDERR_LINES = 3
 class WorkerProcess:
     """A context manager around one process; leaving it, for whatever reason, ends the process.
 
+    module: what the process runs, and answers with ``deployfa.bench.worker.serve``.
+
     start_ms: from asking the system for a process to its first word, Python's start-up and our imports included.
     """
 
-    def __init__(self, label: str, *, threads: int, spinning: bool, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        label: str,
+        *,
+        threads: int,
+        spinning: bool,
+        timeout_s: float = 300.0,
+        module: str = "deployfa.bench.worker",
+    ) -> None:
         self.label = label
         self._timeout_s = timeout_s
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._decoder = msgspec.json.Decoder(say.Reply)
         start = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deployfa.bench.worker", str(os.getpid())],
+            [sys.executable, "-m", module, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

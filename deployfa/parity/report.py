@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["ParityReport", "Stage"]
+__all__ = ["ParityReport", "PerplexityParity", "Stage"]
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +29,24 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool
 
 
+class PerplexityParity(msgspec.Struct, frozen=True, kw_only=True):
+    """The perplexity of PyTorch (``truth``, float32, adapter unfolded) and of the bundle, on the same ``tokens``.
+
+    ``difference``: of the second from the first, relatively; it may be ``limit`` in either direction.  ``None`` where
+    they are NaN or infinity: JSON has no word for them.
+    """
+
+    tokens: int
+    truth: float | None
+    deployed: float | None
+    difference: float | None
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference is not None and abs(self.difference) <= self.limit
+
+
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     """The stages, the truth they were held against, and the verdict.
 
@@ -48,6 +66,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     effect: float
     truth_accuracy: float | None
     stages: list[Stage]
+    perplexity: PerplexityParity | None = None
     passed: bool
     reason: str
 

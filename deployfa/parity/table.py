@@ -43,5 +43,12 @@ def render(report: ParityReport) -> list[RenderableType]:
     )
     if report.truth_accuracy is not None:
         noise += f"; accuracy of the truth {100 * report.truth_accuracy:.2f} %"
+    if (found := report.perplexity) is not None:
+        truth, deployed = ("∞" if each is None else f"{each:.4f}" for each in (found.truth, found.deployed))
+        difference = "∞" if found.difference is None else f"{100 * found.difference:+.4f}"
+        noise += (
+            f"; perplexity of {found.tokens:,} tokens: PyTorch {truth}, the bundle {deployed} "
+            f"({difference} %, limit {100 * found.limit:g} %)"
+        )
     verdict = Text(f"{'PASS' if report.passed else 'FAIL'}: {report.reason}", style="green" if report.passed else "red")
     return [table, noise, verdict]

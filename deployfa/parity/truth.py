@@ -19,12 +19,22 @@ from deployfa.graph.plan import make_plan
 from deployfa.graph.rewrite import apply_adapter
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case, of_one_token
+from deployfa.preprocess.language import Piece
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_runner
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["GRAPH_TRUTH", "TORCH_TRUTH", "Noise", "graph_truth", "run_graph", "torch_truth", "without_edits"]
+__all__ = [
+    "GRAPH_TRUTH",
+    "TORCH_TRUTH",
+    "Noise",
+    "graph_truth",
+    "run_graph",
+    "torch_log_likelihoods",
+    "torch_truth",
+    "without_edits",
+]
 
 TORCH_TRUTH = "PyTorch float64, adapter unfolded"
 GRAPH_TRUTH = "base graph float64, adapter as side ops"
@@ -127,6 +137,18 @@ def torch_truth(
     bases = _run(load_adapted(base, adapter, dtype=torch.float32, edits=False), cases)
     single = _run(load_adapted(base, adapter, dtype=torch.float32), cases)
     return _with_truth(cases, double, bases), Noise.between(single, double), warning
+
+
+def torch_log_likelihoods(model: str | Path, adapter: Adapter, found: Sequence[Piece], *, pad: int) -> Array:
+    """Of every token that ``found`` says, (tokens,), by PyTorch in float32 with the adapter unfolded."""
+    import torch
+
+    from deployfa.training.base import load_base_of
+    from deployfa.training.language_examples import log_likelihoods
+    from deployfa.training.reference import load_adapted
+
+    base = load_base_of(adapter, model)
+    return log_likelihoods(load_adapted(base, adapter, dtype=torch.float32), found, pad)
 
 
 def _run(model: nn.Module, cases: Sequence[Case]) -> list[Array]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from deployfa.adapter import Adapter
@@ -21,10 +23,11 @@ from deployfa.metrics import Labels
 from deployfa.parity.cases import Case, make_cases, narrowed, of_one_token, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
 from deployfa.parity.other import Other
-from deployfa.parity.report import ParityReport, Stage
+from deployfa.parity.perplexity import compare_perplexity
+from deployfa.parity.report import ParityReport, PerplexityParity, Stage
 from deployfa.parity.slots import coarseness, slot_outputs, stages_on, with_idle
-from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_truth
-from deployfa.preprocess import open_preprocessor
+from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_log_likelihoods, torch_truth
+from deployfa.preprocess import PromptPreprocessor, open_preprocessor
 from deployfa.runtimes.targets import check_target, is_engine
 
 __all__ = ["verify"]
@@ -44,12 +47,12 @@ def verify(
 ) -> ParityReport:
     """Hold ``bundle`` against PyTorch (float64, adapter unfolded), or without torch against its stored reference.
 
-    ``rows`` default to a few built-in sentences; ``use_torch=None`` uses it when it is installed and the base model can
-    be found.  ``target``: of ``deployfa.runtimes.targets``, by default the bundle's own.  ``engine``: which one, where
-    there are several; it is judged by what its precision was allowed.  A patched bundle is held against the reference
-    in the patch; PyTorch needs ``adapter`` too, the one that the patch was made from.  PyTorch alone can judge
-    ``other``, an adapter for the slots of the bundle (``deployfa.slots``) or one of a pack (``deployfa.pack``); then
-    nothing else is judged.
+    ``rows`` default to built-in samples; of a language model they are for its perplexity.  ``use_torch=None`` uses it
+    when it is installed and the base model can be found.  ``target``: of ``deployfa.runtimes.targets``, by default the
+    bundle's own.  ``engine``: which one, where there are several; it is judged by what its precision was allowed.  A
+    patched bundle is held against the reference in the patch; PyTorch needs ``adapter`` too, the one that the patch was
+    made from.  PyTorch alone can judge ``other``, an adapter for the slots of the bundle (``deployfa.slots``) or one of
+    a pack (``deployfa.pack``); then nothing else is judged.
 
     Raises ``MissingExtraError`` / ``InputError`` when torch was asked for and cannot be used, and what a target raises
     that cannot be had.
@@ -96,7 +99,12 @@ def verify(
     if not name:
         raise InputError("the bundle names no base model; pass its directory with --model, or --no-torch")
     preprocessor = open_preprocessor(bundle.path, manifest.preprocessing)
-    cases = make_cases(preprocessor, [row.item for row in rows] if rows else preprocessor.samples)
+    language = preprocessor if isinstance(preprocessor, PromptPreprocessor) else None
+    if language is not None:
+        # with caches among them; rows are for the perplexity
+        cases = [Case(case.feeds) for case in read_cases(bundle.reference)]
+    else:
+        cases = make_cases(preprocessor, [row.item for row in rows] if rows else preprocessor.samples)
     say(f"computing the truth in PyTorch float64 ({sum(case.size for case in cases)} rows)")
     # the manifest's base is the one it was exported on, also where a mismatch was allowed
     base = manifest.base if other is None else other.base
@@ -105,14 +113,31 @@ def verify(
     if other is not None and other.row is not None:
         cases = [_in_pack(case, other.row) for case in cases]
     labels = None
-    if rows and all(row.label is not None for row in rows):
+    if rows and language is None and all(row.label is not None for row in rows):
         names = bundle.labels if other is None or not other.labels else other.labels
         labels = np.array(label_ids(rows, names), dtype=np.int64)
     float32 = [("PyTorch float32", list(noise.float32))]
     report = _report(bundle, cases, noise, TORCH_TRUTH, labels, float32, target, engine, other)
+    if language is not None and rows and other is None:
+        say(f"computing the perplexity of {len(rows)} rows, here and in PyTorch")
+        truth = partial(torch_log_likelihoods, name, adapter, pad=language.pad_id)
+        report = _with_perplexity(report, compare_perplexity(bundle, rows, truth, target=target))
     if manifest.slots is None or other is not None:
         return report
     return with_idle(bundle, report, cases, target=target, engine=engine, model=name)
+
+
+def _with_perplexity(report: ParityReport, found: PerplexityParity) -> ParityReport:
+    if found.passed or not report.passed:
+        return msgspec.structs.replace(report, perplexity=found)
+    if found.difference is None:
+        reason = "the perplexity of the bundle or that of PyTorch is no finite number"
+    else:
+        reason = (
+            f"the perplexity of the bundle differs from PyTorch's by {100 * found.difference:+.3g} %, "
+            f"the limit is {100 * found.limit:g} %"
+        )
+    return msgspec.structs.replace(report, perplexity=found, passed=False, reason=reason)
 
 
 def _longest(case: Case) -> int:

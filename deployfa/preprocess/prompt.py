@@ -43,13 +43,11 @@ class PromptPreprocessor:
         return self._text.pad_id
 
     def lengths(self, items: Sequence[str]) -> list[int]:
-        return self._text.lengths(items)
+        return [len(row) for row in self.tokens(items)]
 
     def tokens(self, items: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, not padded."""
-        feeds = self._text.encode(items)
-        rows = zip(feeds["input_ids"], feeds["attention_mask"], strict=True)
-        return [[int(token) for token in ids[mask.astype(bool)]] for ids, mask in rows]
+        """The ids of each text, not padded, and not ended: a tokenizer that ends every text would end the answer."""
+        return self._text.openings(items)
 
     def encode(self, items: Sequence[str], *, length: int | None = None) -> dict[str, Array]:
         """``input_ids``, ``attention_mask``, ``position_ids``: int64 (batch, sequence); empty ``past_key_values``; and

@@ -134,22 +134,48 @@ class SlotRunner:
 
         Answers of an adapter with fewer labels than there is room for end in minus infinity.
         """
-        chosen = self._current if adapter == "current" else adapter
-        assert not isinstance(chosen, str)  # what the type says, for the type checker
+        chosen, strengths = self._chosen(adapter, strength)
         if chosen is None:
-            if strength is not None:
-                raise InputError("a strength is for an adapter, and none is active; leave it out, or pass an adapter")
             return self._runner.run(feeds, {})
-        fed = dict(feeds)
-        if strength is not None:
-            if not 0.0 <= strength <= 1.0:
-                raise InputError(f"strength {strength} is not between 0, the base, and 1, the adapter; pass 0.5")
-            fed[STRENGTH] = np.full(1, strength, np.float32)
+        fed = {**feeds, **strengths}
         if chosen._lora is None or isinstance(self._runner, EngineRunner):
             return self._runner.run(fed, chosen._values)
         options = _import_onnxruntime().RunOptions()
         options.add_active_adapter(chosen._lora)
         return self._runner.run(fed, {}, options=options)
+
+    def values(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """``arrays`` as the runtime's own values, for ``run_values``."""
+        return self._runner.values(arrays)
+
+    def run_values(
+        self,
+        values: Mapping[str, Any],
+        adapter: SlotAdapter | Current | None = "current",
+        *,
+        strength: float | None = None,
+    ) -> dict[str, Any]:
+        """``run`` with the runtime's own values in and out, as ``OnnxRuntimeRunner.run_values``."""
+        if isinstance(self._runner, EngineRunner):
+            raise RuntimeTargetError("an engine hands no values on; pick the target onnxruntime-cpu")
+        chosen, strengths = self._chosen(adapter, strength)
+        if chosen is None:
+            return self._runner.run_values(values, {})
+        return self._runner.run_values({**values, **self._runner.values(strengths)}, chosen._values)
+
+    def _chosen(
+        self, adapter: SlotAdapter | Current | None, strength: float | None
+    ) -> tuple[SlotAdapter | None, dict[str, Array]]:
+        """Which adapter runs, and its strength as a feed."""
+        chosen = self._current if adapter == "current" else adapter
+        assert not isinstance(chosen, str)  # what the type says, for the type checker
+        if strength is None:
+            return chosen, {}
+        if chosen is None:
+            raise InputError("a strength is for an adapter, and none is active; leave it out, or pass an adapter")
+        if not 0.0 <= strength <= 1.0:
+            raise InputError(f"strength {strength} is not between 0, the base, and 1, the adapter; pass 0.5")
+        return chosen, {STRENGTH: np.full(1, strength, np.float32)}
 
 
 def _lora(path: Path) -> Any:

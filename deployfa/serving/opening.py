@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deployfa.bundle import Bundle
+from deployfa.errors import InputError
 from deployfa.serving.adapter_store import AdapterStore
 from deployfa.serving.adapters import AdapterRegistry
 from deployfa.serving.backends import Backend, FixedBackend, PackBackend, SlotBackend, open_backend
@@ -63,9 +64,11 @@ class ModelOpener:
         self._stores: dict[str, AdapterStore] = {}
 
     def __call__(self, name: str, path: Path) -> ServedModel:
-        """Raises what ``Bundle.open`` and the runners raise."""
+        """Raises what ``Bundle.open`` and the runners raise, and ``InputError`` for a bundle that generates."""
         running = self._running
         bundle = Bundle.open(path)
+        if bundle.manifest.preprocessing.kind == "prompt":
+            raise InputError(f"'{path}' generates text, which is not served yet; use: deployfa run {path} --prompt ...")
         tables = bundle.manifest.tables
         most = (running.max_resident or 0) + len(tables.adapters if tables is not None else ()) + _SPARE
         backend = open_backend(

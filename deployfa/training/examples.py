@@ -11,17 +11,21 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from deployfa.data import Row
-from deployfa.metrics import Scores
+from deployfa.metrics import Perplexity, Scores
 from deployfa.training.base import Base
 from deployfa.training.image_examples import ImageExamples
+from deployfa.training.language_examples import LanguageExamples
 from deployfa.training.options import FitOptions
 from deployfa.training.picture_steps import image_steps
+from deployfa.training.preprocessing import generation_of
 from deployfa.training.text_examples import TextExamples
 
-__all__ = ["Examples", "Progress", "examples_of"]
+__all__ = ["Examples", "Progress", "Score", "examples_of"]
 
 #: Called with (what, done, total).
 Progress = Callable[[str, int, int], None]
+#: How good a model is at a task with labels, and at one without.
+Score = Scores | Perplexity
 
 
 class Examples(Protocol):
@@ -37,7 +41,7 @@ class Examples(Protocol):
         """One batch: the keywords of ``forward``, ``labels`` among them."""
         ...
 
-    def score(self, model: nn.Module, rows: Sequence[Row], *, label: str, progress: Progress | None) -> Scores:
+    def score(self, model: nn.Module, rows: Sequence[Row], *, label: str, progress: Progress | None) -> Score:
         """How good ``model``, in eval mode, is on ``rows``."""
         ...
 
@@ -46,4 +50,6 @@ def examples_of(base: Base, folder: Path, labels: Sequence[str], options: FitOpt
     """Those of what ``base`` does; ``folder`` holds the files of its preprocessor."""
     if base.does.kind == "image":
         return ImageExamples(image_steps(base.model, folder), labels)
+    if base.does.kind == "prompt":
+        return LanguageExamples(folder, generation_of(base), max_length=options.max_length)
     return TextExamples(base.model, folder, labels, max_length=options.max_length)

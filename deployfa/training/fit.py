@@ -17,10 +17,9 @@ from torch import nn
 from deployfa.adapter import Adapter
 from deployfa.data import Row
 from deployfa.errors import InputError
-from deployfa.metrics import Scores
 from deployfa.training.base import Base, load_base, quiet
 from deployfa.training.capture import capture, head_only
-from deployfa.training.examples import Progress, examples_of
+from deployfa.training.examples import Progress, Score, examples_of
 from deployfa.training.frozen_statistics import freeze_statistics
 from deployfa.training.options import FitOptions
 from deployfa.training.tuners import LoRFAConfig, VeFAConfig
@@ -34,7 +33,7 @@ class Trained:
 
     model: nn.Module
     adapter: Adapter | None
-    scores: dict[str, Scores]
+    scores: dict[str, Score]
     seconds: float
     trainable_parameters: int
 
@@ -60,7 +59,7 @@ def fit(
     started = time.monotonic()
     device = _device(options)
     transformers.set_seed(options.seed)
-    base = load_base(base_name, task, labels=labels, seed=options.seed)
+    base = load_base(base_name, task, labels=labels or None, seed=options.seed)
     # texts cannot be longer than the positions that the model knows
     options = msgspec.structs.replace(
         options, precision=_precision(options, device), max_length=min(options.max_length, base.max_length)
@@ -82,8 +81,9 @@ def fit(
         last = _last_checkpoint(work) if resume else None
         outcome = trainer.train(resume_from_checkpoint=last)
     model.eval()
+    _check_finite(model, options)
     seconds = time.monotonic() - started
-    scores = {}
+    scores: dict[str, Score] = {}
     with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
         for name, domain in domains.items():
             scores[name] = examples.score(model, domain, label=name, progress=progress)
@@ -98,6 +98,15 @@ def fit(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = _capture(model, base, labels, options, summary)
     return Trained(model, adapter, scores, round(seconds, 1), trainable)
+
+
+def _check_finite(model: nn.Module, options: FitOptions) -> None:
+    """Raise ``InputError`` if the training has diverged: what it found is no adapter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"the training went to NaN or infinity (in '{name}'); pass a lower --lr than {options.learning_rate:g}"
+            )
 
 
 def _with_adapter(base: Base, options: FitOptions) -> nn.Module:

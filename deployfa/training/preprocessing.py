@@ -11,7 +11,7 @@ from deployfa.training.decoder import cache_of
 from deployfa.training.picture_steps import steps_of
 from deployfa.training.tokenizer import save_tokenizer
 
-__all__ = ["save_preprocessor"]
+__all__ = ["generation_of", "save_preprocessor"]
 
 
 def save_preprocessor(base: Base, folder: Path) -> Preprocessing:
@@ -29,18 +29,21 @@ def save_preprocessor(base: Base, folder: Path) -> Preprocessing:
         kind="prompt",
         max_length=base.max_length,
         cache=cache_of(base.model),
-        generation=_generation(base, chat_template=(folder / CHAT_TEMPLATE).is_file()),
+        generation=generation_of(base, chat_template=(folder / CHAT_TEMPLATE).is_file()),
     )
 
 
-def _generation(base: Base, *, chat_template: bool) -> Generation:
+def generation_of(base: Base, *, chat_template: bool = False) -> Generation:
+    """When a decoder is done, as its checkpoint says."""
     model: Any = base.model
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     pad = model.generation_config.pad_token_id
+    # some checkpoints say -1 for none
+    has_pad = pad is not None and pad >= 0
     return Generation(
         eos_token_ids=[int(end) for end in ends],
-        pad_token_id=int(pad if pad is not None else ends[0] if ends else 0),
+        pad_token_id=int(pad if has_pad else ends[0] if ends else 0),
         max_positions=base.max_length,
         chat_template=chat_template,
     )

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from deployfa.bench import protocol as say
-from deployfa.bench.worker import Worker, _settle, module_inputs
+from deployfa.bench.worker import Worker, module_inputs, settle
 
 
 class Tokens(nn.Module):
@@ -65,11 +65,11 @@ def test_settling_waits_for_busy_threads_and_gives_up():
         thread.start()
     try:
         start = time.perf_counter()
-        _settle(limit_s=0.2)
+        settle(limit_s=0.2)
         assert time.perf_counter() - start >= 0.2
         start = time.perf_counter()
         threading.Timer(0.1, stop.set).start()
-        _settle(limit_s=30)
+        settle(limit_s=30)
         assert 0.1 <= time.perf_counter() - start < 15
     finally:
         stop.set()

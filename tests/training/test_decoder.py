@@ -186,3 +186,27 @@ def test_names_of_sites_survive(folded: Bundle, made: Made) -> None:
     assert all(any(site in path for path in paths) for site in made[1].edits)
     assert load_base(made[0], "text-generation", labels=None).model.training is False
     assert torch.is_grad_enabled()
+
+
+def test_an_engine_reads_prompts_and_goes_on(folded: Bundle, tmp_path: Path) -> None:
+    """Built, not run: that needs a GPU.  Its shapes begin at an empty cache."""
+    import shutil
+
+    from deployfa.compile import compile_bundle
+
+    copy = Bundle.open(Path(shutil.copytree(folded.path, tmp_path / "b.bundle")))
+    record = compile_bundle(copy, "tensorrt-rtx", precision="fp32").engine
+    assert record.profile["past_sequence"].minimum == 0
+    assert record.profile["total_sequence"].maximum == record.profile["sequence"].maximum == 96
+    assert record.graph_error < record.error_limit
+
+
+def test_serving_says_that_it_does_not_generate(folded: Bundle, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "deployfa.cli", "serve", str(folded.path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "deployfa run" in done.stderr
+    assert "--prompt" in done.stderr
