@@ -41,7 +41,11 @@ def train(
     ood: Annotated[list[str] | None, typer.Option("--ood", help="NAME=FILE: rows of another domain to score.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="Sites and defaults; see deployfa models.")] = None,
     sites: Annotated[
-        str, typer.Option("--sites", help="recipe: the recipe's; all: every layer; or a regex of module paths.")
+        str,
+        typer.Option(
+            "--sites",
+            help="recipe: the recipe's; all: every layer; attention: queries and values; or a regex of paths.",
+        ),
     ] = "recipe",
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Default: the recipe's for the method.")] = None,
     epochs: Annotated[
@@ -146,6 +150,9 @@ def train(
 
 def _sites(recipe: Recipe, wanted: str) -> str | list[str]:
     """PEFT's ``target_modules``."""
-    named = {"all": recipe.sites_all or "all-linear", "recipe": recipe.sites}
+    if wanted == "attention" and recipe.sites_attention is None:
+        raise InputError(f"recipe '{recipe.name}' names no queries and values; pass --sites all, or a regex of paths")
+    attention = recipe.sites_attention or ""
+    named = {"all": recipe.sites_all or "all-linear", "attention": attention, "recipe": recipe.sites}
     found = named.get(wanted, wanted)
     return found if isinstance(found, str) else list(found)

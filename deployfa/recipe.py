@@ -15,7 +15,7 @@ class Recipe:
     ``sites``: PEFT ``target_modules`` (a regex or names).  ``learning_rate``: per method.  ``max_length``: training
     texts are cut there, in tokens.  ``batch_size``: rows per step.  ``epochs``: passes over the rows.  ``asset``: the
     name of the model in ``deployfa.base_models``, if it can be fetched.  ``sites_all``: every layer that can be
-    adapted, where ``all-linear`` does not say it.
+    adapted, where ``all-linear`` does not say it.  ``sites_attention``: the queries and values of a transformer alone.
     """
 
     name: str
@@ -30,3 +30,4 @@ class Recipe:
     epochs: float = 2.0
     asset: str | None = None
     sites_all: str | tuple[str, ...] | None = None
+    sites_attention: str | None = None

@@ -1,11 +1,12 @@
-"""Any BERT or RoBERTa encoder with a classification head."""
+"""Any BERT encoder with a classification head."""
 
 from deployfa.recipe import Recipe
 
 RECIPE = Recipe(
     name="bert",
     task="text-classification",
-    about="any BERT or RoBERTa: every linear layer of its encoder",
+    about="any BERT: every linear layer of its encoder",
     sites=r".*encoder\.layer\.\d+\..*(query|key|value|dense)",
+    sites_attention=r".*encoder\.layer\.\d+\.attention\.self\.(query|value)",
     learning_rate={"vefa": 5e-3, "lorfa": 1e-3, "lora": 1e-3, "full": 2e-5, "head": 1e-3},
 )

@@ -7,5 +7,6 @@ RECIPE = Recipe(
     task="text-classification",
     about="all-MiniLM-L6-v2 (BERT, 6 layers, d 384): the 36 linear layers of its encoder",
     sites=r".*encoder\.layer\.\d+\..*(query|key|value|dense)",
+    sites_attention=r".*encoder\.layer\.\d+\.attention\.self\.(query|value)",
     asset="minilm",
 )
