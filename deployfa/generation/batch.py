@@ -20,20 +20,23 @@ __all__ = ["PREFILL_CHUNK", "Batch"]
 PREFILL_CHUNK = 512
 #: Columns that are padding in every row are cut off once they are this share of all.
 _TRIM_SHARE = 0.25
+#: The mask grows by as many columns.
+_ROOM = 64
 
 
 class Batch:
     """``requests``: (rows,) whose request each row is, by position; it changes as rows leave."""
 
     def __init__(
-        self, decoder: Decoder, run: Run, prompts: Sequence[Sequence[int]], *, requests: Sequence[int], room: int
+        self, decoder: Decoder, run: Run, prompts: Sequence[Sequence[int]], *, requests: Sequence[int]
     ) -> None:
-        """prompts: token ids, none empty.  requests: what ``run`` takes.  room: how many tokens may follow, at most."""
+        """prompts: token ids, none empty.  requests: what ``run`` takes."""
         self._decoder, self._run = decoder, run
         rows, width = len(prompts), max(map(len, prompts))
         self.requests = np.array(requests, np.int64)
         self._prompt = np.zeros((rows, width), np.int64)
-        self._mask = np.zeros((rows, width + room), np.int64)
+        # its last columns are room for what follows
+        self._mask = np.zeros((rows, width + _ROOM), np.int64)
         for row, prompt in enumerate(prompts):
             self._prompt[row, width - len(prompt) :] = prompt
             self._mask[row, width - len(prompt) : width] = 1
@@ -52,6 +55,8 @@ class Batch:
 
     def advance(self, tokens: Sequence[int]) -> Array:
         """One token a row; → logits of what comes next, (rows, vocabulary)."""
+        if self._width == self._mask.shape[1]:
+            self._mask = np.pad(self._mask, ((0, 0), (0, _ROOM)))
         self._mask[:, self._width] = 1
         logits = self._step(np.array(tokens, np.int64)[:, None], self._lengths[:, None])
         self._lengths += 1

@@ -191,7 +191,7 @@ def _next_logits(generator: Generator, request: Request, ids: list[int], slot: S
     """(vocabulary,) after ``ids``, in the bundle."""
     decoder = generator.decoder
     with decoder.adapted([request.adapter], [request.strength], slot=slot) as run:
-        logits: Array = Batch(decoder, run, [ids], requests=[0], room=0).prefill()[0].astype(np.float64)
+        logits: Array = Batch(decoder, run, [ids], requests=[0]).prefill()[0].astype(np.float64)
     return logits
 
 

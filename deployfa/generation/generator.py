@@ -190,7 +190,6 @@ class Generator:
             run,
             [row.prompt for row in live],
             requests=[row.number for row in live],
-            room=max(row.room for row in live),
         )
         logits = batch.prefill(chunk=chunk)
         while True:

@@ -113,6 +113,13 @@ def test_rows_that_leave_take_nothing_of_the_others_with_them(tiny):
         assert tokens(tiny.base, asked) == [each[:length] for each, length in zip(whole, lengths, strict=True)]
 
 
+def test_answers_longer_than_the_room_that_a_batch_begins_with(llama, monkeypatch):
+    wanted = tokens(llama.base, requests())
+    for room in (1, 5):
+        monkeypatch.setattr(batch, "_ROOM", room)
+        assert tokens(llama.base, requests()) == wanted
+
+
 def test_columns_that_nobody_needs_are_cut_off(llama, monkeypatch):
     widths = []
     step = Batch._step
