@@ -100,6 +100,10 @@ def verify(
         raise InputError("the bundle names no base model; pass its directory with --model, or --no-torch")
     preprocessor = open_preprocessor(bundle.path, manifest.preprocessing)
     language = preprocessor if isinstance(preprocessor, PromptPreprocessor) else None
+    if language is not None and rows is not None and other is not None:
+        raise InputError(
+            "the perplexity of another adapter is measured in a bundle of its own; export it, or leave --data out"
+        )
     if language is not None:
         # with caches among them; rows are for the perplexity
         cases = [Case(case.feeds) for case in read_cases(bundle.reference)]
