@@ -26,7 +26,7 @@ from deployfa.atomic import write_directory
 from deployfa.cache import CACHE_VARIABLE, cache_dir
 from deployfa.errors import InputError, StorageError
 
-__all__ = ["ASSETS", "Asset", "Progress", "fetch"]
+__all__ = ["ASSETS", "Asset", "Progress", "cache_errors", "fetch"]
 
 Progress = Callable[[str], None]
 _CHUNK = 1 << 20
@@ -137,7 +137,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     # without the lock first: a cache on a read-only disk has no room for a lock file
     if _damage(target, asset) is None:
         return target
-    with _cache_errors(target):
+    with cache_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.lock"):
             damage = _damage(target, asset)
@@ -262,7 +262,7 @@ def _hash_error(name: str, file: str, expected: str, actual: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _cache_errors(target: Path) -> Iterator[None]:
+def cache_errors(target: Path) -> Iterator[None]:
     """The cache is nobody's ``--out``: name the variable that moves it."""
     try:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from deployfa.assets import ASSETS, fetch
+from deployfa.assets import ASSETS, cache_errors, fetch
 from deployfa.atomic import write_directory
 from deployfa.cache import cache_dir
 from deployfa.errors import InputError, MissingExtraError
@@ -43,8 +43,8 @@ BASE_MODELS: dict[str, Converted | None] = {
 def base_model(name: str, *, progress: Callable[[str], None] | None = None) -> Path:
     """The directory of base model ``name``, a key of ``BASE_MODELS``; made on first use, kept in the cache.
 
-    Raises ``InputError`` for an unknown name, what ``deployfa.assets.fetch`` raises, and ``MissingExtraError`` without
-    PyTorch if the model must be converted.
+    Raises ``InputError`` for an unknown name, ``StorageError`` when the cache cannot be written, what
+    ``deployfa.assets.fetch`` raises, and ``MissingExtraError`` without PyTorch if the model must be converted.
     """
     if name not in BASE_MODELS:
         raise InputError(f"no base model is called '{name}'; known: {', '.join(sorted(BASE_MODELS))}")
@@ -63,9 +63,10 @@ def base_model(name: str, *, progress: Callable[[str], None] | None = None) -> P
         convert: Callable[[Path, Path], None] = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", f"converting {name}") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
-        if not target.is_dir():
-            with write_directory(target) as partial:
-                convert(source, partial)
+    with cache_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            if not target.is_dir():
+                with write_directory(target) as partial:
+                    convert(source, partial)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def from_gguf(file: Path, out: Path) -> None:
         with quiet():
             read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot read '{file}' ({first_line}); give a GGUF file of a decoder") from error
     # transformers does not save what it calls quantised: the same numbers in a model that never was
