@@ -53,3 +53,45 @@ def test_the_seed_and_the_name_decide_not_the_order():
 def test_a_dtype_that_cannot_be_made_up():
     with pytest.raises(RuntimeTargetError, match="'x' is float8e4m3fn; no feed of that type"):
         make_feeds([TensorSpec("x", "float8e4m3fn", (2,))], Shape(1, 1))
+
+
+DECODER = (
+    TensorSpec("input_ids", "int64", ("batch", "sequence")),
+    TensorSpec("attention_mask", "int64", ("batch", "total_sequence")),
+    TensorSpec("position_ids", "int64", ("batch", "sequence")),
+    *(
+        TensorSpec(f"past_key_values.0.{part}", "float32", ("batch", 3, "past_sequence", 8))
+        for part in ("key", "value")
+    ),
+    TensorSpec("logits_to_keep", "int64", ("kept",)),
+)
+
+
+def test_a_decoder_is_fed_one_token_after_those_that_it_has_read():
+    feeds = make_feeds(DECODER, Shape(2, 50), vocabulary=30)
+    assert {name: array.shape for name, array in feeds.items()} == {
+        "input_ids": (2, 1),
+        "attention_mask": (2, 51),
+        "position_ids": (2, 1),
+        "past_key_values.0.key": (2, 3, 50, 8),
+        "past_key_values.0.value": (2, 3, 50, 8),
+        "logits_to_keep": (1,),
+    }
+    assert (feeds["position_ids"] == 50).all()
+    assert (feeds["attention_mask"] == 1).all()
+    # the one new token
+    assert feeds["logits_to_keep"].tolist() == [0]
+    assert [feeds[spec.name].dtype.name for spec in DECODER] == [spec.dtype for spec in DECODER]
+    assert (feeds["past_key_values.0.key"] != feeds["past_key_values.0.value"]).any()
+
+
+def test_without_a_cache_the_whole_sequence_is_fed():
+    """The same names, but nothing to keep logits of: a graph that reads all tokens at once."""
+    feeds = make_feeds(DECODER[:3], Shape(2, 50))
+    assert {array.shape for array in feeds.values()} == {(2, 50)}
+    assert feeds["position_ids"][1].tolist() == list(range(50))
+
+
+def test_the_adapters_of_a_pack_are_drawn_for_a_decoder_too():
+    feeds = make_feeds((*DECODER, TensorSpec("adapter_ids", "int64", ("batch",))), Shape(4, 9), adapters=3)
+    assert sorted(set(feeds["adapter_ids"].tolist())) == [1, 2, 3]
