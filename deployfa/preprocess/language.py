@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,19 @@ def _ended(tokens: tuple[int, ...], end: tuple[int, ...]) -> tuple[int, ...]:
 
 def _tokens(tokenizer: TextPreprocessor, text: str) -> tuple[int, ...]:
     """What the tokenizer puts before the text, and the text."""
-    (tokens,) = tokenizer.openings([text[:_CHARACTERS]])
-    for start in range(_CHARACTERS, len(text), _CHARACTERS):
-        tokens += tokenizer.plain(text[start : start + _CHARACTERS])
+    first, *rest = _parts(text)
+    (tokens,) = tokenizer.openings([first])
+    for part in rest:
+        tokens += tokenizer.plain(part)
     return tuple(tokens)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cut before a space, where there is one: tokenizers let no token go across that border."""
+    start = 0
+    while len(text) - start > _CHARACTERS:
+        space = text.rfind(" ", start + 1, start + _CHARACTERS)
+        cut = space if space > 0 else start + _CHARACTERS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]

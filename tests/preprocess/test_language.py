@@ -133,10 +133,20 @@ def test_a_text_of_many_parts_starts_and_ends_once(tmp_path: Path, monkeypatch: 
     """A file of gigabytes is not encoded as one."""
     monkeypatch.setattr(module, "_CHARACTERS", 30)
     folder = words(tmp_path, AROUND["both"])
-    # ten words of two characters and a space: no cut goes through one
-    content = " ".join(f"w{number % 10}" for number in range(60))
+    content = " ".join(f"w{number * 7 % 40}" for number in range(60))
     (piece,) = pieces(folder, [(content, None)], max_length=100, end=END)
     assert piece.tokens == (START, *(IDS[word] for word in content.split()), END)
+
+
+@pytest.mark.parametrize("content", ["a" * 95, " " * 40 + "a" * 50, "a b" * 40, " " + "a" * 35, "a" * 30, "a" * 31, ""])
+def test_the_parts_of_a_text_are_the_text(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHARACTERS", 30)
+    parts = list(module._parts(content))
+    assert "".join(parts) == content
+    assert all(0 < len(part) <= 30 for part in parts) or content == ""
+    # words that fit are whole
+    if content == "a b" * 40:
+        assert all(part.startswith(" b") for part in parts[1:])
 
 
 def test_a_space_of_sentencepiece_is_not_put_before_a_completion(tmp_path: Path) -> None:
