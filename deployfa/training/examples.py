@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from deployfa.data import Row
 from deployfa.metrics import Perplexity, Scores
 from deployfa.training.base import Base
+from deployfa.training.language_examples import LanguageExamples, check_causal
 from deployfa.training.image_examples import ImageExamples
-from deployfa.training.language_examples import LanguageExamples
 from deployfa.training.options import FitOptions
 from deployfa.training.picture_steps import image_steps
 from deployfa.training.preprocessing import generation_of
@@ -47,9 +47,15 @@ class Examples(Protocol):
 
 
 def examples_of(base: Base, folder: Path, labels: Sequence[str], options: FitOptions) -> Examples:
-    """Those of what ``base`` does; ``folder`` holds the files of its preprocessor."""
+    """Those of what ``base`` does; ``folder`` holds the files of its preprocessor.
+
+    Raises ``InputError`` for a base that is to go on from prompts and cannot.
+    """
     if base.does.kind == "image":
         return ImageExamples(image_steps(base.model, folder), labels)
     if base.does.kind == "prompt":
-        return LanguageExamples(folder, generation_of(base), max_length=options.max_length)
+        check_causal(base.model)
+        embeddings: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+        vocabulary = int(embeddings.weight.shape[0])
+        return LanguageExamples(folder, generation_of(base), max_length=options.max_length, vocabulary=vocabulary)
     return TextExamples(base.model, folder, labels, max_length=options.max_length)

@@ -12,6 +12,7 @@ import msgspec
 import peft
 import torch
 import transformers
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from deployfa.adapter import Adapter
@@ -130,8 +131,14 @@ def _with_adapter(base: Base, options: FitOptions) -> nn.Module:
         )
     else:
         config = peft.LoraConfig(**common, r=options.rank, lora_alpha=options.scaled_alpha)  # type: ignore[arg-type]
-    with quiet():
-        return peft.get_peft_model(base.model, config)
+    try:
+        with quiet():
+            return peft.get_peft_model(base.model, config)
+    except NoMatchingPeftModuleError as error:
+        raise InputError(
+            f"{base.architecture} has no layer that is called as the sites say ({options.sites}); pass the --recipe of "
+            "its kind, or none for every linear layer"
+        ) from error
 
 
 def _capture(

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from deployfa.data import Row
+from deployfa.errors import DataError, InputError
 from deployfa.metrics import Perplexity, perplexity
 from deployfa.preprocess import Generation
 from deployfa.preprocess.language import Piece, pieces
 
-__all__ = ["LanguageExamples", "log_likelihoods"]
+__all__ = ["LanguageExamples", "check_causal", "log_likelihoods"]
 
 #: Tokens of a batch when scoring: the logits of a vocabulary are large.
 _TOKENS = 1024
@@ -30,8 +31,10 @@ class LanguageExamples:
 
     by_length = True
 
-    def __init__(self, folder: Path, generation: Generation, *, max_length: int) -> None:
+    def __init__(self, folder: Path, generation: Generation, *, max_length: int, vocabulary: int | None = None) -> None:
+        """``vocabulary``: the words that the model knows; ``None``: whatever the tokenizer says."""
         self._folder = folder
+        self._vocabulary = vocabulary
         self._pad = generation.pad_token_id
         self._end = generation.eos_token_ids[0] if generation.eos_token_ids else None
         self._max_length = max_length
@@ -65,7 +68,24 @@ class LanguageExamples:
 
     def _pieces(self, rows: Sequence[Row]) -> list[Piece]:
         texts = [(row.text, row.completion) for row in rows]
-        return pieces(self._folder, texts, max_length=self._max_length, end=self._end)
+        found = pieces(self._folder, texts, max_length=self._max_length, end=self._end)
+        largest = max(max(piece.tokens) for piece in found)
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise DataError(
+                f"the tokenizer makes token {largest} of the rows, and the model knows {self._vocabulary} from 0 on; "
+                "use the tokenizer that it was trained with, or resize its embeddings"
+            )
+        return found
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ``InputError`` for a ``model`` whose tokens see those that come after them: it can only copy, not go on."""
+    with torch.inference_mode():
+        first, second = (model(input_ids=torch.tensor([[0, 1, last]])).logits[0, 1] for last in (2, 3))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+        raise InputError(
+            f"{type(model).__name__} sees what comes after a token, so it cannot go on from a prompt; pass a decoder"
+        )
 
 
 def log_likelihoods(

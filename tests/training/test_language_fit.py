@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import transformers
 
 from deployfa.adapter import Adapter
 from deployfa.data import Row, read_language
@@ -174,6 +176,42 @@ def test_a_training_that_diverges_writes_nothing(
     with pytest.raises(InputError, match=r"went to NaN or infinity .*lower --lr than 1e\+30"):
         fitted(bases["gpt2"], "gpt2", files["texts.jsonl"], tmp_path / "a.pt", learning_rate=1e30)
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_recipe_for_another_kind_of_model(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel has no layer .*q_proj.*pass the --recipe of its kind"):
+        fitted(bases["gpt2"], "llama", files["texts.jsonl"], tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_words_than_the_model(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Words added to it, and embeddings not resized."""
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(base))
+    words = len(tokenizer)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(base)
+    assert fitted(base, "gpt2", files["texts.jsonl"], tmp_path / "a.pt").perplexities
+    rows = tmp_path / "zebra.jsonl"
+    rows.write_text('{"text": "a zebra here"}')
+    with pytest.raises(DataError, match=rf"makes token {words} of the rows, and the model knows {words} from 0 on"):
+        fitted(base, "gpt2", rows, tmp_path / "b.pt")
+
+
+def test_a_model_that_sees_what_comes_is_no_decoder(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers loads BERT as a decoder, which reads the answer before it gives it."""
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    transformers.BertForMaskedLM(config).save_pretrained(base)
+    with pytest.raises(InputError, match="BertLMHeadModel sees what comes after a token"):
+        fitted(base, "gpt2", files["texts.jsonl"], tmp_path / "a.pt", sites="all-linear")
 
 
 def test_what_was_not_begun_leaves_nothing_behind(bases: dict[str, Path], tmp_path: Path) -> None:
