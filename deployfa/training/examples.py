@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from deployfa.data import Row
 from deployfa.metrics import Perplexity, Scores
 from deployfa.training.base import Base
-from deployfa.training.language_examples import LanguageExamples, check_causal
 from deployfa.training.image_examples import ImageExamples
+from deployfa.training.language_examples import LanguageExamples, check_causal
 from deployfa.training.options import FitOptions
 from deployfa.training.picture_steps import image_steps
 from deployfa.training.preprocessing import generation_of
