@@ -43,7 +43,9 @@ def verify(
     ] = None,
     target: TargetOption = None,
     engine: EngineOption = None,
-    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top.")] = 500,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top; of a .txt, lines.")
+    ] = 500,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def verify(
         raise InputError("--allow-base-mismatch is for the --adapter of a bundle with slots or of a pack; leave it out")
     rows = None
     if data is not None:
-        rows = rows_of(task_of(opened.manifest.base.task), data, need_label=False)[:max_rows]
+        rows = rows_of(task_of(opened.manifest.base.task), data, need_label=False, most=max_rows)
     given: dict[str, Any] = {"rows": rows, "model": model, "use_torch": torch}
     with spinner("verifying") as status:
         if adapter is not None and several:

@@ -48,8 +48,8 @@ def read_rows(path: Path, *, need_label: bool = True, column: str = "text") -> l
     return [_row(path, line, values, need_label, column) for line, values in _records(path, columns, also=("label",))]
 
 
-def read_language(path: Path) -> list[Row]:
-    """Rows to train or to score a language model on, in order.
+def read_language(path: Path, *, most: int | None = None) -> list[Row]:
+    """Rows to train or to score a language model on, in order; ``most`` of them, or of the lines of a text.
 
     ``.txt``: one text, its lines ended by line feeds, cut into pieces as long as the model reads them.  ``.csv``,
     ``.jsonl``: a column ``text``, or ``prompt`` and ``completion``, of which only the completion is learnt; others are
@@ -60,7 +60,7 @@ def read_language(path: Path) -> list[Row]:
         text = _decode(path).replace("\r\n", "\n").replace("\r", "\n")
         if not text.strip():
             raise DataError(f"'{path}' holds no text; give a file with some")
-        return [Row(text, line=1)]
+        return [Row("\n".join(text.split("\n")[:most]), line=1)]
     if path.suffix.lower() not in (".csv", *_JSON_SUFFIXES):
         raise DataError(f"'{path}' is neither .txt, .csv nor .jsonl; convert it, or rename it if it is one of them")
     columns = ("prompt", "completion") if "prompt" in _column_names(path) else ("text",)
@@ -68,7 +68,7 @@ def read_language(path: Path) -> list[Row]:
     for line, values in _records(path, columns):
         texts = [_filled(path, line, values[name], name) for name in columns]
         rows.append(Row(texts[0], line=line, completion=texts[1] if len(texts) > 1 else None))
-    return rows
+    return rows[:most]
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:

@@ -11,8 +11,8 @@ from deployfa.tasks import Task
 __all__ = ["rows_of"]
 
 
-def rows_of(task: Task, path: Path, *, need_label: bool = True) -> list[Row]:
-    """What a model that does ``task`` reads of ``path``; raises ``DataError``."""
+def rows_of(task: Task, path: Path, *, need_label: bool = True, most: int | None = None) -> list[Row]:
+    """What a model that does ``task`` reads of ``path``, ``most`` rows from the top; raises ``DataError``."""
     if task.kind == "image":
-        return read_pictures(path, need_label=need_label)
-    return read_rows(path, need_label=need_label) if task.labelled else read_language(path)
+        return read_pictures(path, need_label=need_label)[:most]
+    return read_rows(path, need_label=need_label)[:most] if task.labelled else read_language(path, most=most)

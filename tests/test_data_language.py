@@ -48,6 +48,16 @@ def test_a_text_file_is_one_text(tmp_path: Path) -> None:
     assert (row.text, row.line, row.completion) == (text, 1, None)
 
 
+def test_only_as_much_as_is_asked_for(tmp_path: Path) -> None:
+    """Lines of a text: a book is one row, and nobody waits for all of it."""
+    texts = write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}')
+    assert [row.text for row in read_language(texts, most=2)] == ["a", "b"]
+    (book,) = read_language(write(tmp_path, "a.txt", "a b\u2028c\n\nd\ne\n"), most=3)
+    assert book.text == "a b\u2028c\n\nd"
+    # what is wrong further down is still wrong
+    assert "line 2 is not JSON" in complaint(write(tmp_path, "a.jsonl", '{"text": "a"}\nhello'))
+
+
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
 def test_line_ends_of_an_editor_are_no_part_of_a_text(tmp_path: Path, end: str) -> None:
     lines = "\ufefffirst\nsecond\n\nthird\n".replace("\n", end)

@@ -82,12 +82,15 @@ def test_train_says_perplexities(cli, here, base: Path, prompts: Path, tmp_path:
 def test_verify_judges_the_perplexity_of_rows_of_ones_own(here, base: Path, tmp_path: Path) -> None:
     bundle = export(random_vefa(base), tmp_path / "a.bundle", optimize="none").bundle
     data = tmp_path / "book.txt"
-    data.write_text(" ".join(SENTENCES[:6]), encoding="utf-8")
+    data.write_text(" ".join(SENTENCES[:6]) + "\nThe end.", encoding="utf-8")
     result = here("verify", bundle.path, "--data", data, "--json")
     assert result.returncode == 0, result.stderr
     check(result.stdout, ParityReport)
     report = msgspec.json.decode(result.stdout, type=ParityReport)
     assert report.passed and report.perplexity is not None and report.perplexity.tokens > 96
+    shorter = here("verify", bundle.path, "--data", data, "--max-rows", "1", "--json")
+    judged = msgspec.json.decode(shorter.stdout, type=ParityReport).perplexity
+    assert judged is not None and judged.tokens < report.perplexity.tokens
     # the 65th position and those after it: the reference in the bundle does not reach there
     copy = Path(shutil.copytree(bundle.path, tmp_path / "b.bundle"))
     weights = bytearray((copy / "model.onnx.data").read_bytes())
