@@ -74,7 +74,7 @@ def test_ratios_are_of_the_same_rounds_and_the_verdict_follows() -> None:
     assert few.token_ratio is None and "3 rounds" in (few.refused or "")
 
 
-def test_the_table_says_what_was_found(bundle) -> None:
+def test_the_table_says_what_was_found() -> None:
     from rich.console import Console
 
     from deployfa.bench.machine import describe_machine
@@ -96,6 +96,13 @@ def test_the_table_says_what_was_found(bundle) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(report))
     text = console.export_text()
+    # the table of the benchmark says the same
+    from generation import markdown
+
+    rows = markdown(report).splitlines()
+    assert sum("| 2x5 | " in row for row in rows) == 2
+    assert any("| ours | " in row and "0.500 [0.500, 0.500]" in row and row.endswith("| no |") for row in rows)
+    assert rows[-1] == "Warning: busy"
     assert "0.500 [0.500, 0.500]" in text and "warning: busy" in text and "no" in text and "2x5" in text
 
 
