@@ -46,6 +46,9 @@ def verify(
     max_rows: Annotated[
         int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top; of a .txt, lines.")
     ] = 500,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, help="Of a bundle that generates, with PyTorch: compare so many.")
+    ] = 32,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -59,7 +62,9 @@ def verify(
     """
     from deployfa.adapter import Adapter
     from deployfa.bundle import Bundle
+    from deployfa.generation.equality import PROMPTS, verify_greedy, with_greedy
     from deployfa.parity import verify as run_verify
+    from deployfa.parity.truth import TORCH_TRUTH
     from deployfa.task_rows import rows_of
     from deployfa.tasks import task_of
 
@@ -77,6 +82,9 @@ def verify(
         elif adapter is not None:
             given["adapter"] = Adapter.load(adapter)
         report = run_verify(opened, **given, target=target, engine=engine, status=status)
+        if report.truth == TORCH_TRUTH and opened.manifest.preprocessing.kind == "prompt" and adapter is None:
+            status(f"generating {new_tokens} tokens from each of {len(PROMPTS)} prompts, here and in PyTorch")
+            report = with_greedy(report, verify_greedy(opened, max_new_tokens=new_tokens, model=model, target=target))
     # what the manifest keeps is of the bundle's own
     if report.adapter is None:
         recorded(opened, parity=report.summary())

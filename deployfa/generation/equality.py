@@ -20,48 +20,17 @@ from deployfa.generation.batch import Batch
 from deployfa.generation.generator import Generator, Request, open_generator
 from deployfa.generation.options import Options
 from deployfa.parity.measures import LIMIT
+from deployfa.parity.report import GreedyComparison, GreedyReport, ParityReport
 from deployfa.preprocess.sentences import SENTENCES
 from deployfa.runtimes.slots import Current, SlotAdapter
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GreedyComparison", "GreedyReport", "compare_greedy", "torch_greedy", "verify_greedy"]
+__all__ = ["PROMPTS", "compare_greedy", "torch_greedy", "verify_greedy", "with_greedy"]
 
-
-class GreedyComparison(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt in both runtimes.  tokens: how many are the same, from the first.  position: of the first that is not,
-    ``None`` if all are; ours, theirs: what stands there, ``None`` behind an answer that had ended.
-
-    our_gap: by how much our logit of our token is above our logit of theirs, both after the same text, and their_gap
-    likewise in PyTorch.  explained: whether noise can close both at once; true where nothing differs.
-    """
-
-    prompt: str
-    tokens: int
-    position: int | None = None
-    ours: int | None = None
-    theirs: int | None = None
-    our_gap: float | None = None
-    their_gap: float | None = None
-    explained: bool = True
-
-    @property
-    def equal(self) -> bool:
-        return self.position is None
-
-
-class GreedyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """passed: every difference is explained.  noise_max_abs: the largest error of a float32 logit against float64, by
-    which differences are judged; each of the two runtimes may be ``LIMIT`` times it from the truth."""
-
-    prompts: int
-    equal: int
-    max_new_tokens: int
-    noise_max_abs: float
-    limit: float
-    passed: bool
-    comparisons: list[GreedyComparison]
+#: Beginnings of built-in sentences.
+PROMPTS = [sentence[: len(sentence) // 2].rstrip() for sentence in SENTENCES[:20]]
 
 
 def compare_greedy(
@@ -121,7 +90,7 @@ def verify_greedy(
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train", "generating in PyTorch") from error
     generator = open_generator(bundle, target=target, threads=threads)
-    beginnings = prompts or [sentence[: len(sentence) // 2].rstrip() for sentence in SENTENCES[:8]]
+    beginnings = prompts or PROMPTS
     return compare_greedy(
         generator,
         adapted_model(bundle.adapter, model or bundle.manifest.base.name),
@@ -129,6 +98,15 @@ def verify_greedy(
         max_new_tokens=max_new_tokens,
         noise_max_abs=bundle.manifest.reference.noise_max_abs,
     )
+
+
+def with_greedy(report: ParityReport, found: GreedyReport) -> ParityReport:
+    """``report`` with ``found`` in it and in its verdict."""
+    if found.passed or not report.passed:
+        return msgspec.structs.replace(report, greedy=found)
+    first = next(each for each in found.comparisons if not each.explained)
+    reason = f"'{first.prompt}' goes on otherwise than in PyTorch from token {first.tokens + 1} on, which is not noise"
+    return msgspec.structs.replace(report, greedy=found, passed=False, reason=reason)
 
 
 def torch_greedy(model: Any, prompt: Sequence[int], most: int, ends: Sequence[int]) -> list[int]:

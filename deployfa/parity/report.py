@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["ParityReport", "PerplexityParity", "Stage"]
+__all__ = ["GreedyComparison", "GreedyReport", "ParityReport", "PerplexityParity", "Stage"]
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +47,46 @@ class PerplexityParity(msgspec.Struct, frozen=True, kw_only=True):
         return self.difference is not None and abs(self.difference) <= self.limit
 
 
+class GreedyComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt in both runtimes.  tokens: how many are the same, from the first.  position: of the first that is not,
+    ``None`` if all are; ours, theirs: what stands there, ``None`` behind an answer that had ended.
+
+    our_gap: by how much our logit of our token is above our logit of theirs, both after the same text, and their_gap
+    likewise in PyTorch.  explained: whether noise can close both at once; true where nothing differs.
+    """
+
+    prompt: str
+    tokens: int
+    position: int | None = None
+    ours: int | None = None
+    theirs: int | None = None
+    our_gap: float | None = None
+    their_gap: float | None = None
+    explained: bool = True
+
+    @property
+    def equal(self) -> bool:
+        return self.position is None
+
+
+class GreedyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """passed: every difference is explained.  noise_max_abs: the largest error of a float32 logit against float64, by
+    which differences are judged; each of the two runtimes may be ``LIMIT`` times it from the truth."""
+
+    prompts: int
+    equal: int
+    max_new_tokens: int
+    noise_max_abs: float
+    limit: float
+    passed: bool
+    comparisons: list[GreedyComparison]
+
+
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     """The stages, the truth they were held against, and the verdict.
 
-    ``adapter``: what was judged instead of the bundle's own, in its slots, or of its pack; ``target``: where it ran.
+    ``perplexity`` and ``greedy``: of a language model.  ``adapter``: what was judged instead of the bundle's own, in
+    its slots, or of its pack; ``target``: where it ran.
     """
 
     bundle: str
@@ -67,6 +103,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     truth_accuracy: float | None
     stages: list[Stage]
     perplexity: PerplexityParity | None = None
+    greedy: GreedyReport | None = None
     passed: bool
     reason: str
 

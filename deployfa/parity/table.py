@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployfa.parity.report import ParityReport
+from deployfa.parity.report import GreedyComparison, ParityReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["render"]
+
+
+def _gap(found: GreedyComparison) -> str:
+    """Why two tokens, or why it is not known."""
+    if found.our_gap is None or found.their_gap is None:
+        return "one of the two had ended"
+    why = "noise can close that" if found.explained else "more than noise"
+    return f"the candidates' logits {found.our_gap:.1e} apart here and {found.their_gap:.1e} in PyTorch: {why}"
 
 
 def render(report: ParityReport) -> list[RenderableType]:
@@ -50,5 +58,13 @@ def render(report: ParityReport) -> list[RenderableType]:
             f"; perplexity of {found.tokens:,} tokens: PyTorch {truth}, the bundle {deployed} "
             f"({difference} %, limit {100 * found.limit:g} %)"
         )
+    if (greedy := report.greedy) is not None:
+        noise += (
+            f"; {greedy.equal} of {greedy.prompts} prompts go on with the same tokens as PyTorch's generate, "
+            f"{greedy.max_new_tokens} each at most"
+        )
+        for each in greedy.comparisons:
+            if each.position is not None:
+                noise += f"\n'{each.prompt}': token {each.position + 1} differs, {_gap(each)}"
     verdict = Text(f"{'PASS' if report.passed else 'FAIL'}: {report.reason}", style="green" if report.passed else "red")
     return [table, noise, verdict]

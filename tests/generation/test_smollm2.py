@@ -80,4 +80,5 @@ def test_a_chat_answers_in_whole_words(bundle) -> None:
     generator = open_generator(bundle)
     pieces = list(generator.stream([Request(prompt=prompt, special=False, options=Options(max_new_tokens=24))]))
     text = "".join(piece.text for piece in pieces)
-    assert text == generator.tokenizer.decode([piece.token for piece in pieces]) and len(text.split()) > 3
+    assert text == generator.tokenizer.decode([piece.token for piece in pieces])
+    assert text.strip() and "\ufffd" not in text
