@@ -16,10 +16,11 @@ import numpy as np
 from deployfa.assets import Progress, fetch
 from deployfa.atomic import check_output, write_directory
 from deployfa.edits import Array
-from deployfa.errors import InputError
+from deployfa.errors import InputError, MissingExtraError
 
 __all__ = ["prepare_digits"]
 
+_SEVEN = "seven.png"
 _FILE = "mnist_5k.csv.gz"
 
 
@@ -32,10 +33,11 @@ def prepare_digits(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Write ``mnist_train.npz``, ``mnist_test.npz`` and, where scikit-learn is installed, ``digits.npz`` into ``out``.
+    """Write ``mnist_train.npz``, ``mnist_test.npz`` and, where scikit-learn is installed, ``digits.npz`` into ``out``,
+    and ``seven.png``, a seven of the test.
 
-    Each holds ``images``, uint8 (N, height, width), white on black, and ``labels``, int64 (N,) from 0 to 9, every digit
-    equally often within one.  One seed gives the same files on every machine.  Returns name → path.
+    Each table holds ``images``, uint8 (N, height, width), white on black, and ``labels``, int64 (N,) from 0 to 9, every
+    digit equally often within one.  One seed gives the same files on every machine.  Returns name → path.
 
     Raises ``InputError`` when the sizes leave no rows for the test, ``OutputExistsError`` when ``out`` exists and
     ``force`` is not set, and what ``fetch`` does.
@@ -62,7 +64,17 @@ def prepare_digits(
     with write_directory(out, force=force) as partial:
         for name, (pictures, ids) in parts.items():
             np.savez_compressed(partial / f"{name}.npz", images=pictures, labels=ids)
-    return {name: out / f"{name}.npz" for name in parts}
+        pictures, ids = parts["mnist_test"]
+        _save_picture(partial / _SEVEN, pictures[ids == 7][0])
+    return {**{name: out / f"{name}.npz" for name in parts}, "seven": out / _SEVEN}
+
+
+def _save_picture(file: Path, pixels: Array) -> None:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("PIL", "cpu", "writing a picture") from error
+    Image.fromarray(pixels).save(file)
 
 
 def _eight_by_eight(size: int) -> tuple[Array, Array]:

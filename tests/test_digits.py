@@ -19,7 +19,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_files_are_labelled_pictures(files: dict[str, Path]) -> None:
-    assert list(files) == ["mnist_train", "mnist_test", "digits"]
+    assert list(files) == ["mnist_train", "mnist_test", "digits", "seven"]
     for name, (count, edge) in {"mnist_train": (3000, 28), "mnist_test": (1500, 28), "digits": (1500, 8)}.items():
         rows = read_pictures(files[name])
         assert len(rows) == count
@@ -32,6 +32,17 @@ def test_the_files_are_labelled_pictures(files: dict[str, Path]) -> None:
         pixels = np.stack([row.item for row in rows])
         assert pixels.max() == 255
         assert np.median(pixels[:, 0, 0]) == 0
+
+
+def test_the_seven_is_one_of_the_test(files: dict[str, Path]) -> None:
+    from PIL import Image
+
+    with Image.open(files["seven"]) as picture:
+        seven = np.asarray(picture)
+    test = np.load(files["mnist_test"])
+    assert 7 in {
+        int(label) for image, label in zip(test["images"], test["labels"], strict=True) if (image == seven).all()
+    }
 
 
 def test_no_picture_is_on_both_sides(files: dict[str, Path]) -> None:
@@ -52,7 +63,7 @@ def test_without_scikit_learn_there_is_a_line(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("deployfa.digits.find_spec", lambda name: None)
     lines: list[str] = []
     found = prepare_digits(tmp_path / "data", progress=lines.append)
-    assert list(found) == ["mnist_train", "mnist_test"]
+    assert list(found) == ["mnist_train", "mnist_test", "seven"]
     assert any("pip install scikit-learn" in line for line in lines)
 
 
