@@ -58,6 +58,7 @@ def bench(
 
     Bundles that generate, whole answers: deployfa bench smol.bundle --against torch --shapes 1x32,4x32 --new-tokens 64
     """
+    from deployfa.bundle import Bundle
     from deployfa.contenders import collect, forget_scratch, summaries
 
     names = [name for name in against.split(",") if name]
@@ -80,7 +81,8 @@ def bench(
             json=json,
         )
         return
-    sizes = parse_shapes(shapes or "1x128,8x128")
+    first = Bundle.open(bundles[0], check_files=False).manifest
+    sizes = parse_shapes(shapes or "1x128,8x128", first.preprocessing.kind)
     with tempfile.TemporaryDirectory(prefix="deployfa-base-") as scratch, progress_bar() as progress:
         from deployfa.bench import bench as run_bench
 

@@ -113,7 +113,7 @@ def export(
         "model": model,
         "target": target,
         "optimize": optimize,
-        "shapes": parse_shapes(shapes),
+        "shapes": parse_shapes(shapes, task_of(loaded.base.task).kind),
         "rows": rows_of(task_of(loaded.base.task), data, need_label=False) if data is not None else None,
         "threads": threads,
         "force": force,

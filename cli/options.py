@@ -11,6 +11,7 @@ from deployfa.errors import InputError
 
 if TYPE_CHECKING:
     from deployfa.bench import Shape
+    from deployfa.tasks import Kind
 
 __all__ = [
     "AdapterOption",
@@ -74,11 +75,14 @@ TargetOption = Annotated[
 ]
 
 
-def parse_shapes(text: str) -> list[Shape]:
-    """``1x128,8x128`` → shapes."""
+def parse_shapes(text: str, kind: Kind = "text") -> list[Shape]:
+    """``1x128,8x128`` → shapes; of a model of pictures, which have no length, the batch alone counts."""
     from deployfa.bench import Shape
 
-    return [Shape.parse(part) for part in text.split(",") if part.strip()]
+    shapes = [Shape.parse(part) for part in text.split(",") if part.strip()]
+    if kind == "image":
+        shapes = [Shape(batch) for batch in dict.fromkeys(shape.batch for shape in shapes)]
+    return shapes
 
 
 def named_files(pairs: list[str], option: str) -> dict[str, Path]:

@@ -74,9 +74,8 @@ def pack(
     from deployfa.tasks import task_of
 
     files = _Files(named(adapters))
-    rows = None
-    if data is not None:
-        rows = rows_of(task_of(files[next(iter(files))].base.task), data, need_label=False)
+    task = task_of(files[next(iter(files))].base.task)
+    rows = rows_of(task, data, need_label=False) if data is not None else None
     with spinner("packing") as status:
         packed = run_pack(
             files,
@@ -87,7 +86,7 @@ def pack(
             table_inputs=table_inputs,
             max_rank=max_rank,
             max_labels=max_labels,
-            shapes=parse_shapes(shapes),
+            shapes=parse_shapes(shapes, task.kind),
             rows=rows,
             check=check,
             threads=threads,

@@ -6,6 +6,7 @@ tokenizer files, and ``base.json``, which says what it was made from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -114,13 +115,13 @@ def base_graph(
         raise InputError(f"no model at '{source}'; pass its directory or hub id with --model")
     cached = _cached(adapter, source)
     if cached is not None:
-        return cached
+        return _noted(adapter, cached)
     name = str(model or adapter.base.name)
     if not name:
         raise InputError("the adapter names no base model; pass its directory or hub id with --model")
     if status:
         status("exporting the base model (once; the next adapter on it skips this)")
-    return _export(adapter, name, allow_mismatch)
+    return _noted(adapter, _export(adapter, name, allow_mismatch))
 
 
 def _cached(adapter: Adapter, source: Path | None) -> BaseGraph | None:
@@ -175,6 +176,18 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
             )
             (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))
     return BaseGraph(folder, entry, warnings, made_now=True, name=base.name)
+
+
+def _noted(adapter: Adapter, base: BaseGraph) -> BaseGraph:
+    """``base`` with a warning if its pictures are not prepared as those that ``adapter`` was trained on."""
+    trained, image = adapter.training.get("pictures"), base.preprocessing.image
+    if trained is None or image is None or trained == msgspec.json.decode(msgspec.json.encode(image)):
+        return base
+    warning = (
+        f"the adapter was trained on pictures prepared in another way than {PREPROCESSOR_CONFIG} says now; put the old "
+        "file back, or train again"
+    )
+    return dataclasses.replace(base, warnings=(*base.warnings, warning))
 
 
 def _same_preprocessor(entry: _Entry, model: Path) -> bool:

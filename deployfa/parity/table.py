@@ -47,8 +47,10 @@ def render(report: ParityReport) -> list[RenderableType]:
         table.add_row(stage.name, *figures, "pass" if stage.passed else "FAIL")
     noise = (
         f"noise (float32 against float64, same model, same rows): {report.noise:.2e} of ‖truth‖; "
-        f"the adapter's own effect: {report.effect:.2f} of ‖truth‖; longest row {report.tokens_longest} tokens"
+        f"the adapter's own effect: {report.effect:.2f} of ‖truth‖"
     )
+    if report.tokens_longest:
+        noise += f"; longest row {report.tokens_longest} tokens"
     if report.truth_accuracy is not None:
         noise += f"; accuracy of the truth {100 * report.truth_accuracy:.2f} %"
     if (found := report.perplexity) is not None:

@@ -23,6 +23,7 @@ from deployfa.training.capture import capture, head_only
 from deployfa.training.examples import Progress, Score, examples_of
 from deployfa.training.frozen_statistics import freeze_statistics
 from deployfa.training.options import FitOptions
+from deployfa.training.picture_steps import image_steps
 from deployfa.training.tuners import LoRFAConfig, VeFAConfig
 
 __all__ = ["Trained", "fit"]
@@ -96,6 +97,9 @@ def fit(
         "options": msgspec.to_builtins(options),
         "scores": {name: msgspec.to_builtins(value) for name, value in scores.items()},
     }
+    if base.does.kind == "image":
+        # an adapter is only as good as its pictures are prepared
+        summary["pictures"] = msgspec.json.decode(msgspec.json.encode(image_steps(base.model, folder)))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = _capture(model, base, labels, options, summary)
     return Trained(model, adapter, scores, round(seconds, 1), trainable)

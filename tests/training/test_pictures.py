@@ -139,6 +139,9 @@ def test_other_steps_make_another_base_graph(models: dict[str, Path], pictures: 
     finally:
         file.write_text(before)
     assert second.ran_torch
+    # and it is said, because the adapter was trained on others
+    assert first.warnings == ()
+    assert "trained on pictures prepared in another way" in second.warnings[0]
     steps = [exported.bundle.manifest.preprocessing.image for exported in (first, second)]
     assert [each.mean for each in steps if each is not None] == [(0.5, 0.5, 0.5), (0.1, 0.2, 0.3)]
 
