@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import onnx_ir as ir
 
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.graph.fused_products import part_products
 from deployfa.graph.residual_sums import residual_sums
 
 __all__ = ["FUSIONS", "fuse"]
@@ -48,6 +49,7 @@ def _transformers(model: ir.Model) -> ir.Model:
             ) from error
         raise MissingExtraError("transformers", "train", "the fusion 'ort'") from error
     fuse_for_onnxruntime(model, "cpu")
+    part_products(model)
     return model
 
 
@@ -65,6 +67,7 @@ def _onnxscript(model: ir.Model) -> ir.Model:
     except ImportError as error:
         raise MissingExtraError("onnxscript", "train", "the fusion 'onnxscript'") from error
     fused, _counts = optimize_for_ort(model)
+    part_products(fused)
     return fused
 
 

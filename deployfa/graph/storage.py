@@ -14,8 +14,12 @@ from deployfa.errors import DeployfaError, InputError
 __all__ = ["GRAPH", "load_graph", "save_graph"]
 
 GRAPH = "model.onnx"
-#: Shape inference reads small integers (the sizes of a Split) and does not find them in the external file.
+#: What is not larger lies in the graph's own file.
 _INSIDE_BYTES = 1024
+#: Shape inference reads integers (the sizes of a Split into the λ of hundreds of sites) and does not find them in the
+#: external file: vectors of them stay inside, and so does what is no larger.
+_INTEGER_BYTES = 1 << 16
+_INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -81,12 +85,13 @@ def save_graph(model: ir.Model, folder: Path, *, share_equal: bool = False) -> P
     ``share_equal``: tensors of the same numbers, in whichever subgraphs, lie in the data file once.
     """
     path = folder / GRAPH
+    inside = _inside_bytes(model)
     try:
-        with _small_in_memory(model):
+        with _small_in_memory(model, inside):
             if share_equal:
-                _save_sharing(model, path)
+                _save_sharing(model, path, inside)
             else:
-                ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=_INSIDE_BYTES)
+                ir.save(model, path, external_data=f"{GRAPH}.data", size_threshold_bytes=inside)
     except Exception as error:
         # a large weight is folded as it is written; what is wrong with it arrives wrapped by onnx_ir
         cause: BaseException | None = error
@@ -98,8 +103,14 @@ def save_graph(model: ir.Model, folder: Path, *, share_equal: bool = False) -> P
     return path
 
 
+def _inside_bytes(model: ir.Model) -> int:
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    sizes = [t.nbytes for t in tensors if t is not None and t.dtype in _INTEGERS and len(t.shape) == 1]
+    return max([_INSIDE_BYTES, *(size for size in sizes if size <= _INTEGER_BYTES)])
+
+
 @contextmanager
-def _small_in_memory(model: ir.Model) -> Iterator[None]:
+def _small_in_memory(model: ir.Model, inside: int) -> Iterator[None]:
     """Small weights that came from an external file, as copies for as long as this lasts.
 
     onnx_ir would read them from the file and then unmap it, which fails where an array still looks into it.
@@ -108,7 +119,7 @@ def _small_in_memory(model: ir.Model) -> Iterator[None]:
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _INSIDE_BYTES:
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= inside:
                 held.append((value, tensor))
                 value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     try:
@@ -118,13 +129,13 @@ def _small_in_memory(model: ir.Model) -> Iterator[None]:
             value.const_value = tensor
 
 
-def _save_sharing(model: ir.Model, path: Path) -> None:
+def _save_sharing(model: ir.Model, path: Path, inside: int) -> None:
     places: dict[tuple[str, tuple[int, ...], bytes], ir.TensorProtocol] = {}
     values: list[tuple[ir.Value, ir.TensorProtocol, tuple[str, tuple[int, ...], bytes]]] = []
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= _INSIDE_BYTES or tensor.dtype == ir.DataType.STRING:
+            if tensor is None or tensor.nbytes <= inside or tensor.dtype == ir.DataType.STRING:
                 continue
             key = tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
             places.setdefault(key, tensor)

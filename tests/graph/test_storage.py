@@ -193,3 +193,23 @@ def test_inline_data_of_another_length_than_its_shape(tmp_path, place):
         load_graph(write(tmp_path, place(tensor)))
     good = onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
     load_graph(write(tmp_path, place(good)))
+
+
+def test_a_split_into_hundreds_loads(tmp_path):
+    """The sizes of the Split of λ of 210 sites: ONNX Runtime reads them when it loads the graph."""
+    from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
+
+    sizes = np.full(210, 2, np.int64)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([420]))
+    whole = ir.TensorType(ir.DataType.INT64)
+    stored = ir.Value(name="sizes", const_value=ir.tensor(sizes, name="sizes"), type=whole)
+    parts = ir.node("Split", [x, stored], {"axis": 0}, num_outputs=210)
+    for number, part in enumerate(parts.outputs):
+        part.name, part.type = f"part{number}", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], parts.outputs[-1:], nodes=[parts], initializers=[stored], opset_imports={"": 18})
+    for share_equal in (False, True):
+        folder = tmp_path / str(share_equal)
+        folder.mkdir()
+        path = save_graph(ir.Model(graph, ir_version=10), folder, share_equal=share_equal)
+        found = OnnxRuntimeRunner(path, threads=1).run({"x": np.arange(420, dtype=np.float32)})
+        assert found["part209"].tolist() == [418.0, 419.0]
