@@ -83,6 +83,7 @@ def measure(part: str, file: Path, *, seconds: float, launches: int) -> TaskRepo
             "slots": export_slots(adapter, folder / "slots", optimize=fusion).bundle,
         }
         reports = {form: verify(bundle, use_torch=False) for form, bundle in bundles.items()}
+        (folder / "base").mkdir()
         base = Contender(label="base", graph=fused_base(folded.bundle, folder / "base"))
         contenders = [
             Contender(label=form, graph=bundle.graph, bundle=bundle.path, target=bundle.manifest.target)

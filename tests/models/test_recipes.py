@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from deployfa.cli.app import app
 from deployfa.models import load_recipe, recipe_names
+from deployfa.recipe import Recipe
 from deployfa.tasks import TASKS
 
 _SMALL: dict[str, Any] = {
@@ -78,3 +80,19 @@ def test_a_recipe_without_queries_says_so(tmp_path: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "names no queries and values; pass --sites all" in done.stderr
+
+
+def test_the_recipe_in_contributing_is_one() -> None:
+    """As it is written, on a small OPT."""
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(RECIPE = .*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"Recipe": Recipe}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    recipe = names["RECIPE"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48, "num_attention_heads": 4, "vocab_size": 60}
+    model = tf.OPTForCausalLM(tf.OPTConfig(**sizes, word_embed_proj_dim=32, **_ENDS))  # type: ignore[arg-type]
+    layers = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {path for path in layers if re.fullmatch(recipe.sites, path)}
+    assert len(found) == 12
+    assert layers - found == {"lm_head"}
+    assert len({path for path in layers if re.fullmatch(recipe.sites_attention, path)}) == 4
