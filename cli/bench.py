@@ -10,6 +10,7 @@ import typer
 
 from deployfa.cli.console import print_json, progress_bar, recorded, show
 from deployfa.cli.options import EngineOption, Force, Json, ModelOption, TargetOption, Threads, parse_shapes
+from deployfa.errors import InputError
 
 __all__ = ["bench"]
 
@@ -44,8 +45,9 @@ def bench(
     launches: Annotated[int, typer.Option("--launches", min=1, help="Processes per contender.")] = 5,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each generation.")] = 64,
     max_seconds: Annotated[
-        float, typer.Option("--max-seconds", min=1, help="Per shape, all contenders together.")
-    ] = 60,
+        float | None,
+        typer.Option("--max-seconds", min=1, help="Per shape, all contenders together. Default: 60; not of answers."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the inputs and of the order.")] = 0,
     model: ModelOption = None,
     samples_out: Annotated[Path | None, typer.Option("--samples-out", help="Write the raw samples as JSON.")] = None,
@@ -66,6 +68,10 @@ def bench(
     if set(names) <= {"torch"} and _generate(bundles):
         from deployfa.cli.bench_generation import bench_generation
 
+        unknown = {"--engine": engine, "--samples-out": samples_out, "--max-seconds": max_seconds}
+        for option, given in unknown.items():
+            if given is not None:
+                raise InputError(f"whole answers are timed --samples times; leave {option} out, or pass --against base")
         bench_generation(
             bundles,
             parse_shapes(shapes or "1x32,4x32,16x32"),
@@ -94,7 +100,7 @@ def bench(
             spinning=spinning,
             launches=launches,
             min_samples=samples or 130,
-            max_seconds_per_shape=max_seconds,
+            max_seconds_per_shape=max_seconds if max_seconds is not None else 60.0,
             seed=seed,
             progress=lambda what, share: progress("benching", round(100 * share), 100),
             samples_out=samples_out,

@@ -78,15 +78,25 @@ def run(
     A bundle that generates streams its answer: deployfa run smol.bundle --prompt "Once upon a time" --temperature 0.7
     """
     from deployfa.bundle import Bundle
+    from deployfa.generation.options import Options
     from deployfa.predict import Predictor, RunReport
     from deployfa.task_rows import rows_of
     from deployfa.tasks import task_of
 
     opened = Bundle.open(bundle, patch=patch)
     asked = prompt or prompts is not None
+    options = Options(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+    )
     if opened.manifest.base.task == "text-generation":
         from deployfa.cli.run_generation import read_prompts, run_generation
-        from deployfa.generation.options import Options
 
         if text or image or data is not None:
             raise InputError(f"'{bundle}' generates; pass --prompt or --prompts instead of --text and --data")
@@ -95,16 +105,7 @@ def run(
         run_generation(
             opened,
             [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])],
-            Options(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-                max_new_tokens=max_new_tokens,
-                stop=tuple(stop or ()),
-            ),
+            options,
             adapters=adapter or [],
             strength=strength,
             chat=chat,
@@ -114,8 +115,10 @@ def run(
             json=json,
         )
         return
-    if asked or chat:
-        raise InputError(f"'{bundle}' does not generate ({opened.manifest.base.task}); pass --text or --data")
+    if asked or chat or options != Options():
+        raise InputError(
+            f"'{bundle}' does not generate ({opened.manifest.base.task}); leave --prompt and what goes with it out"
+        )
     task = task_of(opened.manifest.base.task)
     if task.kind == "image" and text:
         raise InputError(f"'{bundle}' reads pictures; pass --image FILE, not --text")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from deployfa.cli.console import print_json, show
+from deployfa.cli.console import print_json
 from deployfa.cli.run_slots import swap
 from deployfa.errors import DataError, InputError
 from deployfa.runtimes.slots import SlotRunner
@@ -56,10 +56,11 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() != ".txt":
         return [row.text for row in read_rows(path, need_label=False)]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # split at line feeds only: str.splitlines also cuts at characters that a prompt may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"'{path}' cannot be read as UTF-8 text ({error}); pass a file with a prompt a line") from error
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"'{path}' has no prompts; write one a line")
     return prompts
@@ -101,7 +102,8 @@ def run_generation(
     else:
         for number, completion in generator.completions(requests):
             whose = f" ({names[number]})" if names[number] is not None else ""
-            show(f"[{number + 1}]{whose} {prompts[number]}", completion.text, "")
+            # as it is: rich would expand tabs
+            sys.stdout.write(f"[{number + 1}]{whose} {prompts[number]}\n{completion.text}\n\n")
 
 
 def _requests(

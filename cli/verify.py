@@ -47,8 +47,11 @@ def verify(
         int, typer.Option("--max-rows", min=1, help="Rows of --data to use, from the top; of a .txt, lines.")
     ] = 500,
     new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=1, help="Of a bundle that generates, with PyTorch: compare so many.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            "--new-tokens", min=1, help="Of a bundle that generates, with PyTorch: compare so many. Default: 32."
+        ),
+    ] = None,
     allow_base_mismatch: AllowMismatch = False,
     json: Json = False,
 ) -> None:
@@ -65,6 +68,7 @@ def verify(
     from deployfa.generation.equality import PROMPTS, verify_greedy, with_greedy
     from deployfa.parity import verify as run_verify
     from deployfa.parity.truth import TORCH_TRUTH
+    from deployfa.runtimes.targets import is_engine
     from deployfa.task_rows import rows_of
     from deployfa.tasks import task_of
 
@@ -82,9 +86,16 @@ def verify(
         elif adapter is not None:
             given["adapter"] = Adapter.load(adapter)
         report = run_verify(opened, **given, target=target, engine=engine, status=status)
-        if report.truth == TORCH_TRUTH and opened.manifest.preprocessing.kind == "prompt" and adapter is None:
-            status(f"generating {new_tokens} tokens from each of {len(PROMPTS)} prompts, here and in PyTorch")
-            report = with_greedy(report, verify_greedy(opened, max_new_tokens=new_tokens, model=model, target=target))
+        generates = report.truth == TORCH_TRUTH and opened.manifest.preprocessing.kind == "prompt" and adapter is None
+        # an engine answers step by step as the stages show; nothing here runs it over whole answers
+        if generates and not is_engine(target or opened.manifest.target):
+            most = new_tokens or 32
+            status(f"generating {most} tokens from each of {len(PROMPTS)} prompts, here and in PyTorch")
+            report = with_greedy(report, verify_greedy(opened, max_new_tokens=most, model=model, target=target))
+        elif new_tokens is not None:
+            raise InputError(
+                "--new-tokens compares what a bundle generates in ONNX Runtime with PyTorch's generate; leave it out"
+            )
     # what the manifest keeps is of the bundle's own
     if report.adapter is None:
         recorded(opened, parity=report.summary())

@@ -35,7 +35,9 @@ __all__ = ["BaseGraph", "base_graph", "copy_preprocessor"]
 
 #: Raised when the export changes what it writes, so that older entries are made again.
 _REVISION = 4
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", PREPROCESSOR_CONFIG)
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+#: What decides how a model is fed, and when it has answered.
+_FEEDING = (PREPROCESSOR_CONFIG, "generation_config.json", *TOKENIZER_FILES)
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,7 +174,7 @@ def _export(adapter: Adapter, name: str, allow_mismatch: bool) -> BaseGraph:
                 versions=versions(),
                 export_error=export_error,
                 labels=_label_names(base.model.config) if base.does.labelled else [],
-                files={file.name: sha256_file(file) for file in sorted(partial.iterdir())},
+                files={file.name: sha256_file(file) for file in sorted(partial.iterdir()) if file.is_file()},
             )
             (partial / "base.json").write_bytes(msgspec.json.format(msgspec.json.encode(entry)))
     return BaseGraph(folder, entry, warnings, made_now=True, name=base.name)
@@ -191,9 +193,9 @@ def _noted(adapter: Adapter, base: BaseGraph) -> BaseGraph:
 
 
 def _same_preprocessor(entry: _Entry, model: Path) -> bool:
-    """Whether the pictures of ``model`` are prepared as those of ``entry``; what is not there has not changed."""
-    file = model / PREPROCESSOR_CONFIG
-    return not file.is_file() or entry.sources.get(PREPROCESSOR_CONFIG) == sha256_file(file)
+    """Whether ``model`` is fed, and told to stop, as the one of ``entry``; what is not there has not changed."""
+    files = [model / name for name in _FEEDING]
+    return all(not file.is_file() or entry.sources.get(file.name) == sha256_file(file) for file in files)
 
 
 def _check(graph: ir.Model, feeds: dict[str, Array], truth: Array, single: Array) -> float:
@@ -251,7 +253,7 @@ def _sources(model: Path) -> dict[str, str]:
     """sha256 of the files that decide what a model directory computes; empty for a hub id."""
     if not model.is_dir():
         return {}
-    files = sorted({file for pattern in _WEIGHTS for file in model.glob(pattern)})
+    files = sorted({file for pattern in (*_WEIGHTS, *_FEEDING) for file in model.glob(pattern)})
     return {file.name: sha256_file(file) for file in files}
 
 

@@ -53,7 +53,7 @@ def prepare_digits(
     random = np.random.default_rng(seed)
     # dealt out digit by digit, so that a cut anywhere leaves each as often as the others
     dealt = np.stack([random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)], axis=1).reshape(-1)
-    if train_size >= len(dealt):
+    if train_size + 10 > len(dealt):
         raise InputError(f"{train_size} training rows of {len(dealt)} leave none for the test; lower --train-rows")
     train, test = dealt[:train_size], dealt[train_size : train_size + test_size]
     parts = {name: (images[rows], labels[rows]) for name, rows in (("mnist_train", train), ("mnist_test", test))}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from deployfa.bench import Contender, Shape, bench
 from deployfa.bundle.manifest import Candidate, Optimization
 from deployfa.errors import DeployfaError, MissingExtraError, RuntimeTargetError
+from deployfa.graph.index_ranges import index_ranges
 from deployfa.graph.optimize import FUSIONS, fuse
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case
@@ -22,6 +24,8 @@ __all__ = ["choose_fusion"]
 
 #: A fusion must win by more than this to be taken over an earlier, simpler one: less is within a short bench's spread.
 _MARGIN = 0.02
+#: Token ids are drawn from so many, or from as many as the model knows.
+_VOCABULARY = 1000
 
 
 def choose_fusion(
@@ -71,7 +75,7 @@ def choose_fusion(
     if not models:
         reasons = "; ".join(f"{name}: {candidate.refused}" for name, candidate in tried.items())
         raise RuntimeTargetError(f"no fusion gives a graph that agrees with its reference ({reasons})")
-    medians = _time(graphs, shapes, threads, say) if len(graphs) > 1 else {}
+    medians = _time(graphs, shapes, index_ranges(model), threads, say) if len(graphs) > 1 else {}
     for name, by_shape in medians.items():
         tried[name] = Candidate(name=name, error=tried[name].error, median_ms=by_shape)
     chosen = _fastest(list(models), medians)
@@ -98,8 +102,15 @@ def _agreement(path: Path, cases: Sequence[Case], noise: Noise) -> tuple[float |
 
 
 def _time(
-    graphs: dict[str, Path], shapes: Sequence[Shape], threads: int | None, say: Callable[[str], None]
+    graphs: dict[str, Path],
+    shapes: Sequence[Shape],
+    ranges: Mapping[str, int],
+    threads: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
+    """``ranges``: how many tokens, and positions, a small model knows."""
+    longest = ranges.get("position_ids", sys.maxsize) - 1
+    shapes = [Shape(shape.batch, max(1, min(shape.sequence, longest))) for shape in shapes]
     say(f"timing {len(graphs)} fusions at {', '.join(map(str, shapes))}")
     report = bench(
         [Contender(label=name, graph=path) for name, path in graphs.items()],
@@ -108,6 +119,7 @@ def _time(
         launches=1,
         min_samples=11,
         max_seconds_per_shape=6.0,
+        vocabulary=min(_VOCABULARY, ranges.get("input_ids", _VOCABULARY)),
         flops=False,
         bare_matmul=False,
     )

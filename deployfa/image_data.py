@@ -86,10 +86,19 @@ def _from_rows(path: Path, need_label: bool) -> list[Row]:
     found: list[Row] = []
     for row in read_rows(path, need_label=need_label, column="image"):
         image = path.parent / row.text
-        if not image.is_file():
-            raise DataError(f"'{path}' line {row.line} names '{row.text}', which is no file beside it; mend the path")
+        if not _is_file(image):
+            shown = row.text if len(row.text) <= 80 else f"{row.text[:80]}…"
+            raise DataError(f"'{path}' line {row.line} names '{shown}', which is no file beside it; mend the path")
         found.append(LabelledPicture(f"'{image}'", row.label, row.line, image=image))
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """A name that no file can have, such as a picture written as text, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _from_npz(path: Path, need_label: bool) -> list[Row]:

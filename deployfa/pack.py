@@ -29,7 +29,14 @@ from deployfa.graph.row_ops import ADAPTER_IDS, add_tables
 from deployfa.kept_fusions import compare_fusions
 from deployfa.parity.mixed import mixed_truth
 from deployfa.parity.other import Other
-from deployfa.pipeline import DEFAULT_SHAPES, Content, check_effect, check_export_options, write_bundle
+from deployfa.pipeline import (
+    DEFAULT_SHAPES,
+    Content,
+    check_effect,
+    check_export_options,
+    reference_preprocessor,
+    write_bundle,
+)
 from deployfa.tables import Layout, Member, base_row, row_of, write_fleet
 from deployfa.tables.checks import check_name
 from deployfa.tables.lease import unknown_name
@@ -105,7 +112,7 @@ def pack(
                 raise type(error)(f"adapter '{name}': {error}") from error
 
     tables = add_tables(graph, layout)
-    preprocessor = base.preprocessor()
+    preprocessor = reference_preprocessor(base)
     chosen_rows = sorted({*np.linspace(1, len(names), min(check, len(names))).round().astype(int).tolist()})
     cases, noise = mixed_truth(
         graph,

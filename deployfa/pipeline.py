@@ -40,7 +40,7 @@ from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, make_cases, write_cases
 from deployfa.parity.decoding import with_decoding
 from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
-from deployfa.preprocess import PromptPreprocessor
+from deployfa.preprocess import Preprocessor, PromptPreprocessor
 from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "headed",
     "plan_adapter",
     "reference",
+    "reference_preprocessor",
     "stored_reference",
     "summary",
     "write_bundle",
@@ -62,6 +63,8 @@ __all__ = [
 Status = Callable[[str], None]
 DEFAULT_SHAPES = (Shape(1, 128), Shape(8, 128))
 _REFERENCE = "reference.safetensors"
+#: Tokens of a prompt in the stored reference, at most.
+_LONGEST_PROMPT = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +218,17 @@ def headed(graph: ir.Model, adapter: Adapter) -> ir.Model:
     return apply_adapter(graph, plain, make_plan(graph, plain))
 
 
+def reference_preprocessor(base: BaseGraph) -> Preprocessor:
+    """What feeds a stored reference: a whole context in float64 takes gigabytes, and says no more than a short one."""
+    preprocessor = base.preprocessor()
+    return preprocessor.cut(_LONGEST_PROMPT) if isinstance(preprocessor, PromptPreprocessor) else preprocessor
+
+
 def reference(
     base: BaseGraph, graph: ir.Model, adapter: Adapter, rows: Sequence[Row] | None
 ) -> tuple[list[Case], Noise]:
     """The stored reference of a bundle, on ``rows`` or on built-in samples, and the noise it is judged by."""
-    preprocessor = base.preprocessor()
+    preprocessor = reference_preprocessor(base)
     items = [row.item for row in rows] if rows else preprocessor.samples
     cases = make_cases(preprocessor, items)
     if isinstance(preprocessor, PromptPreprocessor):

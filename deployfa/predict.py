@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deployfa.bundle.open_engine import open_bundle, open_slots
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.mixed import MixedRunner
-from deployfa.preprocess import open_preprocessor
+from deployfa.preprocess import ImagePreprocessor, open_preprocessor
 from deployfa.runtimes.runner import Runner
 from deployfa.runtimes.slots import Current, SlotAdapter, SlotRunner
 from deployfa.tables import AdapterTable, Lease
@@ -150,7 +150,7 @@ class Predictor:
         found: list[Array | None] = [None] * len(items)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            feeds = self._preprocessor.encode([items[i] for i in chosen])
+            feeds = self._encode(items, chosen)
             wanted = {name: feeds[name] for name in self._names}
             if isinstance(self._runner, MixedRunner):
                 named = [(adapters or ())[i] for i in chosen]
@@ -162,6 +162,12 @@ class Predictor:
             for position, row in zip(chosen, outputs, strict=True):
                 found[int(position)] = row
         return np.stack([row for row in found if row is not None])
+
+    def _encode(self, items: Sequence[Any], chosen: Iterable[int]) -> dict[str, Array]:
+        """An error names a picture by its place among all of them."""
+        if isinstance(self._preprocessor, ImagePreprocessor):
+            return self._preprocessor.encode([items[i] for i in chosen], names=[_name(items[i], i) for i in chosen])
+        return self._preprocessor.encode([items[i] for i in chosen])
 
     def _lease(self) -> contextlib.AbstractContextManager[Lease | None]:
         return self._mixed.lease() if self._mixed is not None else contextlib.nullcontext()

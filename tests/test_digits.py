@@ -70,6 +70,8 @@ def test_without_scikit_learn_there_is_a_line(monkeypatch: pytest.MonkeyPatch, t
 def test_refused(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave none for the test"):
         prepare_digits(tmp_path / "a", train_size=5000)
+    with pytest.raises(InputError, match="leave none for the test"):
+        prepare_digits(tmp_path / "a", train_size=4998)
     with pytest.raises(InputError, match="10 or more"):
         prepare_digits(tmp_path / "a", test_size=1)
     with pytest.raises(OutputExistsError):

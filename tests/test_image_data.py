@@ -176,3 +176,9 @@ class TestRows:
     def test_texts_stay_texts(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text,label\nx,y\n")
         assert rows_of(task_of("text-classification"), tmp_path / "a.csv")[0].item == "x"
+
+
+def test_a_picture_written_as_text_is_no_path(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,label\n" + "a" * 5000 + ",cat\n")
+    with pytest.raises(DataError, match=r"line 2 names 'a{80}…', which is no file"):
+        read_pictures(tmp_path / "rows.csv")

@@ -54,12 +54,20 @@ def render(request: dict[str, Any]) -> list[str]:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def _check_name(name: str) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"'{name}' is no name for a template's variable")
+
     class Namespace(jinja2.utils.Namespace):
         """Takes no names that begin with an underscore, which Python gives a meaning."""
 
+        def __init__(self, *args: Any, **names: Any) -> None:
+            for name in (*names, *(key for each in args for key in dict(each))):
+                _check_name(name)
+            super().__init__(*args, **names)
+
         def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"'{name}' is no name for a template's variable")
+            _check_name(name)
             super().__setitem__(name, value)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:

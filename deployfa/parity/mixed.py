@@ -13,8 +13,10 @@ from deployfa.adapter import Adapter
 from deployfa.edits import Array
 from deployfa.graph.resize import resize_heads
 from deployfa.parity.cases import Case, make_cases, widened
+from deployfa.parity.decoding import with_decoding
 from deployfa.parity.truth import Noise, graph_truth
-from deployfa.preprocess import Preprocessor
+from deployfa.preprocess import Preprocessor, PromptPreprocessor
+from deployfa.preprocess.prompt import KEPT
 
 __all__ = ["mixed_truth"]
 
@@ -43,22 +45,29 @@ def mixed_truth(
     dealt: list[tuple[int, Any, Array, Array]] = []
     squares = np.zeros(2)
     largest = 0.0
+    # caches of several adapters fit into one batch if what was read is equally long
+    width = max(preprocessor.lengths(items)) if isinstance(preprocessor, PromptPreprocessor) else None
+    later: list[list[tuple[int, Case]]] = []
     each = max(_FEWEST, -(-len(items) // len(adapters)))
     for number, (row, load) in enumerate(adapters.items()):
         say(f"computing the reference in float64: adapter {number + 1} of {len(adapters)}")
         adapter = load()
         mine = [items[(number * each + i) % len(items)] for i in range(each)]
-        cases, noise = graph_truth(resize_heads(base, adapter), adapter, [Case(preprocessor.encode(mine))])
+        own = [Case(preprocessor.encode(mine, length=width), rows=tuple(range(each)), items=tuple(range(each)))]
+        if isinstance(preprocessor, PromptPreprocessor):
+            own = with_decoding(preprocessor, base, own)
+        cases, noise = graph_truth(resize_heads(base, adapter), adapter, own)
         if silent is not None:
             silent(row, adapter, cases, noise)
-        truth = cases[0].truth
-        assert truth is not None  # graph_truth computes it, and the base's answers
-        squares += noise.relative**2 * np.sum(truth**2), np.sum(truth**2)
+        square = sum(float(np.sum(case.truth**2)) for case in cases if case.truth is not None)
+        squares += noise.relative**2 * square, square
+        later.append([(row, widened(case, labels)) for case in cases[1:]])
         largest = max(largest, noise.max_abs)
         wide = widened(cases[0], labels)
         assert wide.truth is not None and wide.base is not None  # as above
         dealt += [(row, item, t, b) for item, t, b in zip(mine, wide.truth, wide.base, strict=True)]
-    order = np.random.default_rng(seed).permutation(len(dealt))
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(dealt))
     shuffled = [dealt[i] for i in order]
     mixed: list[Case] = []
     for case in make_cases(preprocessor, [item for _, item, _, _ in shuffled]):
@@ -69,4 +78,21 @@ def mixed_truth(
                 case, feeds=feeds, truth=np.stack([t for _, _, t, _ in chosen]), base=np.stack([b for *_, b in chosen])
             )
         )
+    mixed += [_together(cases, random) for cases in zip(*later, strict=True)]
     return mixed, Noise(float(np.sqrt(squares[0] / squares[1])), largest, ())
+
+
+def _together(cases: Sequence[tuple[int, Case]], random: np.random.Generator) -> Case:
+    """Cases of a decoder that goes on, each of another adapter's rows, as one whose rows are shuffled."""
+    ids = np.repeat([row for row, _ in cases], [case.size for _, case in cases])
+    order = random.permutation(len(ids))
+    first = cases[0][1]
+    feeds = {
+        name: array if name == KEPT else np.concatenate([case.feeds[name] for _, case in cases])[order]
+        for name, array in first.feeds.items()
+    }
+    truth, base = (
+        np.concatenate([answer for _, case in cases if (answer := getattr(case, name)) is not None])[order]
+        for name in ("truth", "base")
+    )
+    return Case({**feeds, "adapter_ids": ids[order].astype(np.int64)}, truth, base)

@@ -36,15 +36,17 @@ def of_pieces(bundle: Bundle, rows: Sequence[Row]) -> list[Piece]:
     return pieces(bundle.path, texts, max_length=longest, end=ends[0] if ends else None)
 
 
-def bundle_perplexity(bundle: Bundle, found: Sequence[Piece], *, target: str | None = None, rows: int) -> Perplexity:
+def bundle_perplexity(
+    bundle: Bundle, found: Sequence[Piece], *, rows: int, target: str | None = None, engine: str | None = None
+) -> Perplexity:
     """Of ``bundle`` as it is deployed, the adapter it was exported with active.  Raises ``InputError`` for a pack."""
     if bundle.manifest.tables is not None:
         raise InputError(f"'{bundle.path}' is a pack; the perplexity of each adapter is that of its own bundle")
     run: Callable[[Mapping[str, Array]], dict[str, Array]]
     if bundle.manifest.slots is not None:
-        run = open_slots(bundle, target=target, spinning=False).run
+        run = open_slots(bundle, target=target, engine=engine, spinning=False).run
     else:
-        run = open_bundle(bundle, target or bundle.manifest.target, spinning=False).run
+        run = open_bundle(bundle, target or bundle.manifest.target, engine=engine, spinning=False).run
     names = {tensor.name for tensor in bundle.manifest.graph.inputs}
     reader = PromptPreprocessor(bundle.path, bundle.manifest.preprocessing)
     return perplexity(np.concatenate(list(_likelihoods(run, names, reader, found))), rows=rows)
@@ -56,10 +58,11 @@ def compare_perplexity(
     truth: Callable[[Sequence[Piece]], Array],
     *,
     target: str | None = None,
+    engine: str | None = None,
 ) -> PerplexityParity:
     """``truth``: pieces → the log-likelihood of each token that is learnt, by PyTorch."""
     found = of_pieces(bundle, rows)
-    deployed = bundle_perplexity(bundle, found, target=target, rows=len(rows))
+    deployed = bundle_perplexity(bundle, found, rows=len(rows), target=target, engine=engine)
     wanted = perplexity(truth(found), rows=len(rows))
     difference = None
     if deployed.perplexity is not None and wanted.perplexity is not None:

@@ -125,7 +125,7 @@ def verify(
     if language is not None and rows and other is None:
         say(f"computing the perplexity of {len(rows)} rows, here and in PyTorch")
         truth = partial(torch_log_likelihoods, name, adapter, pad=language.pad_id)
-        report = _with_perplexity(report, compare_perplexity(bundle, rows, truth, target=target))
+        report = _with_perplexity(report, compare_perplexity(bundle, rows, truth, target=target, engine=engine))
     if manifest.slots is None or other is not None:
         return report
     return with_idle(bundle, report, cases, target=target, engine=engine, model=name)

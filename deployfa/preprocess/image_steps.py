@@ -22,7 +22,7 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 #: In Pillow's order, which is what Hugging Face writes.
 _RESAMPLES: tuple[Resample, ...] = get_args(Resample)
-_LARGEST = 8192
+_LARGEST = 4096
 
 
 class ImageSteps(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,7 +89,7 @@ def read_steps(folder: Path, *, channels: int = 3) -> ImageSteps:
     inner = config.get("image_processor")
     try:
         return steps_from_hub(inner if isinstance(inner, dict) else config, channels=channels)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"'{file}' asks for what is not done here ({error}); prepare the pictures yourself, or write another one"
         ) from error
@@ -179,7 +179,7 @@ def _kind(config: Mapping[str, Any]) -> str:
 
 
 def _resize(kind: str, size: Any) -> tuple[tuple[int, int] | None, int | None]:
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool):
         return (None, size) if kind in _SHORTEST else ((size, size), None)
     if set(size) == {"shortest_edge"}:
         return None, int(size["shortest_edge"])
@@ -187,6 +187,8 @@ def _resize(kind: str, size: Any) -> tuple[tuple[int, int] | None, int | None]:
 
 
 def _edges(size: Any) -> tuple[int, int]:
+    if isinstance(size, bool):
+        raise ValueError(f"a size is {size}")
     if isinstance(size, int):
         return size, size
     if set(size) != {"height", "width"}:

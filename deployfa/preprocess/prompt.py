@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from deployfa.edits import Array
@@ -31,8 +32,14 @@ class PromptPreprocessor:
     def __init__(self, folder: Path, settings: Preprocessing) -> None:
         if settings.cache is None:
             raise BundleError(f"'{folder}' says nothing of the decoder's cache; export it again")
+        self._folder, self._settings = folder, settings
         self._text = TextPreprocessor(folder, max_length=settings.max_length)
         self.cache = settings.cache
+
+    def cut(self, max_length: int) -> PromptPreprocessor:
+        """The same for shorter prompts."""
+        shorter = min(max_length, self._settings.max_length)
+        return PromptPreprocessor(self._folder, msgspec.structs.replace(self._settings, max_length=shorter))
 
     @property
     def max_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import transformers
@@ -26,5 +27,7 @@ def save_tokenizer(name: str | Path, folder: Path) -> None:
         raise InputError(
             f"cannot load the tokenizer of '{name}' ({first_line}); put tokenizer.json beside it"
         ) from error
+    # what else transformers writes (templates with names, vocabularies of slow tokenizers) nobody reads
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"the tokenizer of '{name}' has no fast form (tokenizer.json); convert it with tokenizers")

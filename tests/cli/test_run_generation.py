@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_one_line(cli, made, bundles, tmp_path) -> None:
     folded, prompt = made["folded"], ("--prompt", "x")
     assert 'pass --prompt "..." or --prompts FILE' in refused(cli, folded)
     assert "pass --prompt or --prompts instead" in refused(cli, folded, "--text", "x")
-    assert "pass --text or --data" in refused(cli, bundles["folded"], *prompt)
+    assert "leave --prompt and what goes with it out" in refused(cli, bundles["folded"], *prompt)
     assert "leave --adapter" in refused(cli, folded, *prompt, "--strength", "0.5")
     assert "3 adapters for 2 prompts" in refused(cli, made["pack"], *both(), "-a", "one", "-a", "two", "-a", "one")
     assert "pass --max-new-tokens 95, or shorten" in refused(cli, folded, *prompt, "--max-new-tokens", 500)
@@ -159,3 +159,11 @@ def test_prompts_from_files(tmp_path) -> None:
 def test_a_bundle_that_classifies_is_no_generator(bundles) -> None:
     with pytest.raises(BundleError, match="is for text-classification"):
         open_generator(Bundle.open(bundles["folded"]))
+
+
+def test_prompts_are_lines_as_an_editor_counts_them(tmp_path) -> None:
+    from deployfa.cli.run_generation import read_prompts
+
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffHello\u2028again\r\nB\n\n".encode())
+    assert read_prompts(file) == ["Hello\u2028again", "B"]

@@ -210,3 +210,74 @@ def test_serving_says_that_it_does_not_generate(folded: Bundle, tmp_path: Path) 
     assert done.returncode == 2
     assert "deployfa run" in done.stderr
     assert "--prompt" in done.stderr
+
+
+def test_a_pack_is_held_with_caches_too(made: Made, tmp_path: Path) -> None:
+    """Rows of two adapters go on in one batch; the caches of one swapped with the other's are seen."""
+    import shutil
+
+    import msgspec
+
+    from deployfa.bundle.bundle import sha256_file, write_manifest
+
+    bundle = pack({"one": made[1], "two": random_vefa(made[0], seed=1)}, tmp_path / "a.bundle", optimize="none").bundle
+    cases = read_cases(bundle.reference)
+    going_on = [n for n, case in enumerate(cases) if case.feeds["past_key_values.0.key"].shape[2]]
+    assert {cases[n].feeds["input_ids"].shape[1] for n in going_on} == {1, 3}
+    assert all(set(cases[n].feeds["adapter_ids"].tolist()) == {1, 2} for n in going_on)
+    assert verify(bundle, use_torch=False).passed
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "b.bundle"))
+    case = cases[going_on[0]]
+    feeds = {**case.feeds, "adapter_ids": 3 - case.feeds["adapter_ids"]}
+    cases[going_on[0]] = dataclasses.replace(case, feeds=feeds)
+    write_cases(copy / bundle.reference.name, cases)
+    files = {**bundle.manifest.files, bundle.reference.name: sha256_file(copy / bundle.reference.name)}
+    write_manifest(copy, msgspec.structs.replace(bundle.manifest, files=files))
+    assert not verify(Bundle.open(copy), use_torch=False).passed
+
+
+def test_another_end_is_another_base_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends an answer stands beside the weights: the cache must not keep the old one."""
+    import json
+
+    monkeypatch.setenv("DEPLOYFA_CACHE", str(tmp_path / "cache"))
+    folder = write_decoder(tmp_path / "model", "gpt2")
+    adapter = random_vefa(folder)
+    assert base_graph(adapter).made_now
+    assert not base_graph(adapter).made_now
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 7]}))
+    again = base_graph(adapter)
+    assert again.made_now
+    assert again.preprocessing.generation is not None
+    assert again.preprocessing.generation.eos_token_ids == [0, 7]
+
+
+def test_named_chat_templates_do_not_stop_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as tf
+
+    monkeypatch.setenv("DEPLOYFA_CACHE", str(tmp_path / "cache"))
+    folder = write_decoder(tmp_path / "model", "gpt2")
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "x", "tool_use": "y"}
+    tokenizer.save_pretrained(folder)
+    assert base_graph(random_vefa(folder)).made_now
+
+
+def test_a_long_text_is_cut_for_the_reference(made: Made, tmp_path: Path) -> None:
+    from deployfa.data import Row
+    from deployfa.pipeline import reference_preprocessor
+
+    reader = reference_preprocessor(base_graph(made[1]))
+    assert max(reader.lengths(["The film. " * 500])) <= 96
+    rows = [Row("The film was a joy. " * 3), Row("ok")]
+    assert export(made[1], tmp_path / "a.bundle", rows=rows, optimize="none").bundle.manifest.reference.rows > 2
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_fusions_are_timed_within_what_a_small_model_knows(kind: str, tmp_path: Path) -> None:
+    """400 words, 96 positions: the default shapes have 128."""
+    adapter = random_vefa(write_decoder(tmp_path / "model", kind))
+    tried = export(adapter, tmp_path / "a.bundle").bundle.manifest.optimization.tried
+    assert [each.name for each in tried if each.median_ms][:1] == ["none"]
+    assert len([each for each in tried if each.median_ms]) > 1
