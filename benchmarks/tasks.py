@@ -138,7 +138,8 @@ def markdown(reports: dict[str, TaskReport]) -> str:
         "",
         "Error: normwise, of the deployed graph against float64, relative to it and to the model's own float32 noise "
         "(limit 2x). Ratio: of the median latency to the base graph's with the same head, with its 95 % interval. Of "
-        "the language model a run is one token after 128.",
+        "the language model a run is one token after 128. Slots are judged with the adapter in them and timed without "
+        "one: active, they are side ops.",
         "",
         "| task | form | error | error / noise | flips | verdict | shape | p50 (ms) | base (ms) | ratio |",
         "|---|---|---:|---:|---:|---|---|---:|---:|---:|",
