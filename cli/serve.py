@@ -126,7 +126,7 @@ def serve(
             target=target,
             engine=engine,
             threads=threads,
-            spinning=spinning,
+            spinning=True if spinning else "brief",
             default_adapter=default_adapter,
             max_resident=max_adapters,
         ),

@@ -15,7 +15,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.graph.row_ops import ADAPTER_IDS, STRENGTH
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
-from deployfa.runtimes.runner import TensorSpec
+from deployfa.runtimes.runner import Spinning, TensorSpec
 from deployfa.runtimes.targets import is_engine, open_onnxruntime
 from deployfa.runtimes.tensorrt.runner import EngineRunner
 from deployfa.tables import AdapterTable, Lease, open_fleet
@@ -50,7 +50,7 @@ class MixedRunner:
         target: str | None = None,
         engine: str | None = None,
         threads: int | None = None,
-        spinning: bool = True,
+        spinning: Spinning = True,
     ) -> None:
         tables = bundle.manifest.tables
         if tables is None:

@@ -11,7 +11,7 @@ from deployfa.cache import cache_dir
 from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError
 from deployfa.graph.row_defaults import default_strength
-from deployfa.runtimes.runner import Runner
+from deployfa.runtimes.runner import Runner, Spinning
 from deployfa.runtimes.slots import SlotRunner
 from deployfa.runtimes.targets import is_engine, open_runner
 from deployfa.runtimes.tensorrt.record import EngineRecord
@@ -26,7 +26,7 @@ def open_bundle(
     *,
     engine: str | None = None,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: Spinning = True,
     optimize: bool = True,
 ) -> Runner:
     """``bundle`` on ``target``, its patch and its tables with it.  engine: which one, where there are several."""
@@ -71,7 +71,7 @@ def open_slots(
     target: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: Spinning = True,
     optimize: bool = True,
 ) -> SlotRunner:
     """A session of ``bundle``, the adapter it was exported with active until another is swapped in.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from deployfa.edits import Array
 
-__all__ = ["Runner", "TensorSpec"]
+__all__ = ["Runner", "Spinning", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+#: Whether idle threads of a runtime keep polling: yes, no, or for as long as the gap between two operators.
+Spinning = bool | Literal["brief"]
 
 
 class Runner(Protocol):

@@ -17,7 +17,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
 from deployfa.runtimes.onnx_adapter import read_labelled
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
-from deployfa.runtimes.runner import TensorSpec
+from deployfa.runtimes.runner import Spinning, TensorSpec
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_onnxruntime
 from deployfa.runtimes.tensorrt.runner import EngineRunner
 from deployfa.tables import Layout
@@ -61,7 +61,7 @@ class SlotRunner:
         files_idle: bool | None = None,
         target: str = DEFAULT_TARGET,
         threads: int | None = None,
-        spinning: bool = True,
+        spinning: Spinning = True,
         optimize: bool = True,
     ) -> None:
         self._runner: OnnxRuntimeRunner | EngineRunner = runner or open_onnxruntime(

@@ -10,7 +10,7 @@ from deployfa.edits import Array
 from deployfa.errors import InputError, RuntimeTargetError
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 from deployfa.runtimes.providers import PROVIDERS
-from deployfa.runtimes.runner import Runner
+from deployfa.runtimes.runner import Runner, Spinning
 from deployfa.runtimes.tensorrt.library import LIBRARIES
 
 __all__ = ["DEFAULT_TARGET", "TARGETS", "check_target", "is_engine", "open_onnxruntime", "open_runner"]
@@ -55,7 +55,7 @@ def open_runner(
     graph: Path | bytes,
     *,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: Spinning = True,
     optimize: bool = True,
     initializers: Mapping[str, Array] | None = None,
     bound: Mapping[str, Array] | None = None,

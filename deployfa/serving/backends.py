@@ -12,7 +12,7 @@ from deployfa.bundle.open_engine import open_bundle, open_slots
 from deployfa.edits import Array
 from deployfa.errors import RequestError
 from deployfa.mixed import MixedRunner, open_table
-from deployfa.runtimes.runner import Runner, TensorSpec
+from deployfa.runtimes.runner import Runner, Spinning, TensorSpec
 from deployfa.runtimes.slots import SlotRunner
 from deployfa.serving.taken import Taken, TakenRow, TakenSlot
 from deployfa.serving.work import Work
@@ -108,7 +108,7 @@ def open_backend(
     target: str | None,
     engine: str | None,
     threads: int | None,
-    spinning: bool,
+    spinning: Spinning,
     max_adapters: int | None,
 ) -> Backend:
     """``max_adapters``: how many a table that can change has room for, those of the pack among them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deployfa.bundle import Bundle
 from deployfa.errors import InputError
+from deployfa.runtimes.runner import Spinning
 from deployfa.serving.adapter_store import AdapterStore
 from deployfa.serving.adapters import AdapterRegistry
 from deployfa.serving.backends import Backend, FixedBackend, PackBackend, SlotBackend, open_backend
@@ -28,12 +29,13 @@ _SPARE = 64
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """How models run.  ``threads``: of one operator, ``None`` for all cores; ``spinning``: whether idle threads keep
-    polling; ``max_resident``: adapters of a model in memory, the rest on disk, ``None`` for no limit."""
+    polling, by default for the gap between two operators; ``max_resident``: adapters of a model in memory, the rest on
+    disk, ``None`` for no limit."""
 
     target: str | None = None
     engine: str | None = None
     threads: int | None = None
-    spinning: bool = False
+    spinning: Spinning = "brief"
     default_adapter: str | None = None
     max_resident: int | None = None
 

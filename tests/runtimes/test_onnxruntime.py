@@ -8,10 +8,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deployfa.errors import InputError, MissingExtraError, RuntimeTargetError
+from deployfa.graph.storage import save_graph
 from deployfa.runtimes import TensorSpec
 from deployfa.runtimes.onnxruntime import OnnxRuntimeRunner
 
@@ -197,3 +199,26 @@ def test_every_dtype_goes_in_and_comes_out(tmp_path, onnx_type, dtype):
     assert found["y"].dtype == np.dtype(dtype)
     np.testing.assert_array_equal(found["y"], x)
     np.testing.assert_array_equal(found["z"], x.astype(np.float32))
+
+
+def test_brief_spinning_ends_with_the_run(tmp_path: Path) -> None:
+    """Threads that spin on burn a core after a run; brief ones sleep."""
+    import time
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if [int(part) for part in onnxruntime.__version__.split(".")[:2]] < [1, 32]:
+        pytest.skip("the setting came with ONNX Runtime 1.32")
+    weight = np.ones((512, 512), np.float32)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([256, 512]))
+    stored = ir.Value(name="w", const_value=ir.tensor(weight, name="w"), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("MatMul", [x, stored])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[stored], opset_imports={"": 18})
+    path = save_graph(ir.Model(graph, ir_version=10), tmp_path)
+    feeds = {"x": np.ones((256, 512), np.float32)}
+    runner = OnnxRuntimeRunner(path, threads=2, spinning="brief")
+    assert np.array_equal(runner.run(feeds)["y"], feeds["x"] @ weight)
+    began = time.process_time()
+    time.sleep(0.4)
+    # ONNX Runtime's own spinning takes about 0.03
+    assert time.process_time() - began < 0.01
