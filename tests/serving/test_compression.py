@@ -36,8 +36,8 @@ def test_a_bomb_is_stopped_at_the_limit() -> None:
 @pytest.mark.parametrize(
     ("body", "encoding", "words"),
     [
-        (gzip.compress(b"x")[:-3], "gzip", "cut off"),
-        (gzip.compress(b"x") + b"y", "gzip", "follow"),
+        (gzip.compress(b"x", mtime=0)[:-3], "gzip", "cut off"),
+        (gzip.compress(b"x", mtime=0) + b"y", "gzip", "follow"),
         (b"plain text", "gzip", "not compressed"),
         (b"\xff" * 9, "deflate", "not compressed"),
         (b"", "gzip", "cut off"),
