@@ -167,3 +167,15 @@ def test_prompts_are_lines_as_an_editor_counts_them(tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffHello\u2028again\r\nB\n\n".encode())
     assert read_prompts(file) == ["Hello\u2028again", "B"]
+
+
+def test_options_that_mean_nothing_are_not_ignored(cli, made, bundles) -> None:
+    assert "leave --prompt and what goes with it out" in refused(
+        cli, bundles["folded"], "--text", "x", "--temperature", "0.5"
+    )
+    done = cli("bench", made["folded"], "--against", "torch", "--max-seconds", "5")
+    assert done.returncode == 2
+    assert "leave --max-seconds out" in done.stderr
+    done = cli("verify", made["folded"], "--no-torch", "--new-tokens", "4")
+    assert done.returncode == 2
+    assert "leave it out" in done.stderr

@@ -70,6 +70,7 @@ def test_prompts_are_those_of_transformers(template):
         ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "more than 1000000 characters"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "SecurityError"),
+        ("{{ namespace(__class__=1) }}", "SecurityError"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "SecurityError|unsafe|UndefinedError"),

@@ -175,3 +175,18 @@ def test_samples_are_the_same_every_time_and_all_different() -> None:
     assert len({picture.tobytes() for picture in first}) == SAMPLES
     assert all(picture.dtype == np.uint8 and picture.std() > 10 for picture in first)
     assert len({picture.shape for picture in first}) > 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}, "crop_pct": 0},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": float("inf"), "width": 2}},
+        {"image_processor_type": "ViTImageProcessor", "size": True},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": 8000, "width": 8000}},
+    ],
+)
+def test_numbers_that_are_no_sizes_are_one_line(config: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / PREPROCESSOR_CONFIG).write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        read_steps(tmp_path)
