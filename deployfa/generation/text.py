@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployfa.errors import BundleError, InputError, MissingExtraError
+from deployfa.errors import InputError
+from deployfa.preprocess.text import read_tokenizer
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -18,17 +19,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import tokenizers
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("tokenizers", "cpu", "reading text") from error
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise BundleError(f"'{folder}' has no tokenizer.json; save the model's fast tokenizer there")
-        try:
-            self.inner: Any = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"'{file}' is no tokenizer ({error}); save the model's fast tokenizer there") from error
+        self.inner = read_tokenizer(folder)
         # the file may carry those of training
         self.inner.no_truncation()
         self.inner.no_padding()

@@ -14,7 +14,7 @@ from deployfa.errors import InputError
 from deployfa.metrics import Perplexity, perplexity
 from deployfa.parity.report import PerplexityParity
 from deployfa.preprocess import PromptPreprocessor
-from deployfa.preprocess.language import Piece, pieces
+from deployfa.preprocess.language import Piece, batches, pieces
 from deployfa.preprocess.prompt import KEPT
 
 __all__ = ["LIMIT", "bundle_perplexity", "compare_perplexity", "of_pieces"]
@@ -82,13 +82,7 @@ def _likelihoods(
     reader: PromptPreprocessor,
     found: Sequence[Piece],
 ) -> Iterator[Array]:
-    order = sorted(found, key=lambda piece: len(piece.tokens))
-    done = 0
-    while done < len(order):
-        batch = [order[done]]
-        while done + len(batch) < len(order) and (len(batch) + 1) * len(order[done + len(batch)].tokens) <= _TOKENS:
-            batch.append(order[done + len(batch)])
-        done += len(batch)
+    for batch in batches(found, _TOKENS):
         feeds = reader.feeds([piece.tokens for piece in batch])
         width = feeds["input_ids"].shape[1]
         feeds[KEPT] = np.arange(width - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from deployfa.errors import DataError, InputError
 from deployfa.preprocess.text import TextPreprocessor
 
-__all__ = ["Piece", "pieces"]
+__all__ = ["Piece", "batches", "pieces"]
 
 #: Tokens of a text are cut from this many characters at most, so that a long file is not encoded as one.
 _CHARACTERS = 1 << 20
@@ -25,6 +25,18 @@ class Piece:
     @property
     def learnt(self) -> int:
         return len(self.tokens) - self.start
+
+
+def batches(found: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+    """``found`` by length, so many to a batch that it has ``most`` tokens once padded: logits are large."""
+    batch: list[Piece] = []
+    for piece in sorted(found, key=lambda piece: len(piece.tokens)):
+        if batch and (len(batch) + 1) * len(piece.tokens) > most:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
 
 
 def pieces(folder: Path, texts: Sequence[tuple[str, str | None]], *, max_length: int, end: int | None) -> list[Piece]:

@@ -14,7 +14,7 @@ from deployfa.edits import Array
 from deployfa.errors import BundleError, InputError, MissingExtraError
 from deployfa.preprocess.sentences import SENTENCES
 
-__all__ = ["CHAT_TEMPLATE", "TOKENIZER_FILES", "TextPreprocessor"]
+__all__ = ["CHAT_TEMPLATE", "TOKENIZER_FILES", "TextPreprocessor", "read_tokenizer"]
 
 CHAT_TEMPLATE = "chat_template.jinja"
 #: What a bundle needs of a tokenizer; the first is required.
@@ -24,23 +24,31 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 _ENDLESS = 1 << 62
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The ``tokenizers.Tokenizer`` in ``folder``.
+
+    Raises ``BundleError`` if there is none, ``MissingExtraError`` without tokenizers.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tokenizers", "cpu", "reading text") from error
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise BundleError(f"'{folder}' has no tokenizer.json; save the model's fast tokenizer there")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise BundleError(f"'{file}' is no tokenizer ({error}); save the model's fast tokenizer there") from error
+
+
 class TextPreprocessor:
     """Tokenise, truncate to ``max_length`` tokens (``None``: not at all), pad to the longest row."""
 
     samples = SENTENCES
 
     def __init__(self, folder: Path, *, max_length: int | None) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("tokenizers", "cpu", "reading text") from error
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise BundleError(f"'{folder}' has no tokenizer.json; save the model's fast tokenizer there")
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"'{file}' is no tokenizer ({error}); save the model's fast tokenizer there") from error
+        self._tokenizer = read_tokenizer(folder)
         self.max_length = max_length or _ENDLESS
         pad_token = _pad_token(folder)
         pad_id = self._tokenizer.token_to_id(pad_token) if pad_token else None

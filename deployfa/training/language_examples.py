@@ -16,7 +16,7 @@ from deployfa.data import Row
 from deployfa.errors import DataError, InputError
 from deployfa.metrics import Perplexity, perplexity
 from deployfa.preprocess import Generation
-from deployfa.preprocess.language import Piece, pieces
+from deployfa.preprocess.language import Piece, batches, pieces
 
 __all__ = ["LanguageExamples", "check_causal", "log_likelihoods"]
 
@@ -96,15 +96,11 @@ def log_likelihoods(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Of every token that is learnt, (tokens,): in the order of the lengths of their pieces."""
-    order = sorted(found, key=lambda piece: len(piece.tokens))
     device = next(model.parameters()).device
     parts: list[Any] = []
     done = 0
     with torch.inference_mode():
-        while done < len(order):
-            batch = [order[done]]
-            while done + len(batch) < len(order) and (len(batch) + 1) * len(order[done + len(batch)].tokens) <= _TOKENS:
-                batch.append(order[done + len(batch)])
+        for batch in batches(found, _TOKENS):
             width = len(batch[-1].tokens)
             ids = torch.full((len(batch), width), pad)
             mask = torch.zeros_like(ids)
@@ -117,7 +113,7 @@ def log_likelihoods(
             parts += [scores[n, piece.start - 1 : len(piece.tokens) - 1] for n, piece in enumerate(batch)]
             done += len(batch)
             if progress:
-                progress(f"scoring {label}".strip(), done, len(order))
+                progress(f"scoring {label}".strip(), done, len(found))
     return np.concatenate(parts)
 
 
