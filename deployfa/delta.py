@@ -37,7 +37,8 @@ from deployfa.graph.storage import load_graph, save_graph
 from deployfa.kept_fusions import compare_fusions
 from deployfa.parity.cases import Case, read_cases
 from deployfa.parity.measures import LIMIT, normwise
-from deployfa.parity.truth import Noise, graph_truth, run_graph, without_edits
+from deployfa.parity.noise import Noise
+from deployfa.parity.truth import graph_truth, run_graph, without_edits
 from deployfa.pipeline import (
     DEFAULT_SHAPES,
     Content,

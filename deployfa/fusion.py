@@ -18,7 +18,8 @@ from deployfa.graph.optimize import FUSIONS, fuse
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case
 from deployfa.parity.measures import LIMIT, normwise, unmasked
-from deployfa.parity.truth import Noise, run_graph
+from deployfa.parity.noise import Noise
+from deployfa.parity.truth import run_graph
 
 __all__ = ["choose_fusion"]
 

@@ -39,7 +39,8 @@ from deployfa.graph.storage import GRAPH, save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, make_cases, write_cases
 from deployfa.parity.decoding import with_decoding
-from deployfa.parity.truth import GRAPH_TRUTH, Noise, graph_truth, without_edits
+from deployfa.parity.noise import Noise
+from deployfa.parity.truth import GRAPH_TRUTH, graph_truth, without_edits
 from deployfa.preprocess import Preprocessor, PromptPreprocessor
 from deployfa.runtimes.targets import DEFAULT_TARGET, check_target
 

@@ -34,9 +34,10 @@ from deployfa.graph.storage import save_graph
 from deployfa.kept_fusions import compare_fusions, describe_losses
 from deployfa.parity.cases import Case, widened, write_cases
 from deployfa.parity.measures import LIMIT, normwise, unmasked
+from deployfa.parity.noise import Noise
 from deployfa.parity.other import Other
 from deployfa.parity.slots import run_slots
-from deployfa.parity.truth import Noise, graph_truth, run_graph
+from deployfa.parity.truth import graph_truth, run_graph
 from deployfa.pipeline import (
     DEFAULT_SHAPES,
     Content,

@@ -14,7 +14,8 @@ from deployfa.edits import Array
 from deployfa.graph.resize import resize_heads
 from deployfa.parity.cases import Case, make_cases, widened
 from deployfa.parity.decoding import with_decoding
-from deployfa.parity.truth import Noise, graph_truth
+from deployfa.parity.noise import MOST_RUNS, Noise
+from deployfa.parity.truth import graph_truth
 from deployfa.preprocess import Preprocessor, PromptPreprocessor
 from deployfa.preprocess.prompt import KEPT
 
@@ -49,6 +50,8 @@ def mixed_truth(
     width = max(preprocessor.lengths(items)) if isinstance(preprocessor, PromptPreprocessor) else None
     later: list[list[tuple[int, Case]]] = []
     each = max(_FEWEST, -(-len(items) // len(adapters)))
+    # of all adapters together
+    runs = -(-MOST_RUNS // len(adapters))
     for number, (row, load) in enumerate(adapters.items()):
         say(f"computing the reference in float64: adapter {number + 1} of {len(adapters)}")
         adapter = load()
@@ -56,7 +59,7 @@ def mixed_truth(
         own = [Case(preprocessor.encode(mine, length=width), rows=tuple(range(each)), items=tuple(range(each)))]
         if isinstance(preprocessor, PromptPreprocessor):
             own = with_decoding(preprocessor, base, own)
-        cases, noise = graph_truth(resize_heads(base, adapter), adapter, own)
+        cases, noise = graph_truth(resize_heads(base, adapter), adapter, own, runs=runs)
         if silent is not None:
             silent(row, adapter, cases, noise)
         square = sum(float(np.sum(case.truth**2)) for case in cases if case.truth is not None)

@@ -19,9 +19,10 @@ from deployfa.graph.idle import idle_branch
 from deployfa.graph.storage import load_graph, save_graph
 from deployfa.parity.cases import Case, narrowed, of_one_token, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure
+from deployfa.parity.noise import Noise
 from deployfa.parity.other import Other
 from deployfa.parity.report import ParityReport
-from deployfa.parity.truth import Noise, run_graph, torch_truth
+from deployfa.parity.truth import run_graph, torch_truth
 from deployfa.runtimes.slots import SlotAdapter, SlotRunner
 from deployfa.runtimes.targets import DEFAULT_TARGET, is_engine
 

@@ -6,9 +6,8 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from deployfa.adapter import Adapter
@@ -19,16 +18,18 @@ from deployfa.graph.plan import make_plan
 from deployfa.graph.rewrite import apply_adapter
 from deployfa.graph.storage import save_graph
 from deployfa.parity.cases import Case, of_one_token
+from deployfa.parity.noise import MOST_RUNS, Noise, neighbours
 from deployfa.preprocess.language import Piece
 from deployfa.runtimes.targets import DEFAULT_TARGET, open_runner
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from deployfa.training.base import Base
+
 __all__ = [
     "GRAPH_TRUTH",
     "TORCH_TRUTH",
-    "Noise",
     "graph_truth",
     "run_graph",
     "torch_log_likelihoods",
@@ -40,41 +41,18 @@ TORCH_TRUTH = "PyTorch float64, adapter unfolded"
 GRAPH_TRUTH = "base graph float64, adapter as side ops"
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """float32 against float64 in the same model on the same inputs: normwise relative, and the largest logit error.
-
-    ``float32`` are the answers it was measured on, per case; empty when it was read from a bundle.
-    """
-
-    relative: float
-    max_abs: float
-    float32: tuple[Array, ...]
-
-    @classmethod
-    def between(cls, float32: Sequence[Array], float64: Sequence[Array]) -> Noise:
-        single, double = np.concatenate(list(float32)).astype(np.float64), np.concatenate(list(float64))
-        difference = np.abs(single - double)
-        return cls(float(np.linalg.norm(difference) / np.linalg.norm(double)), float(difference.max()), tuple(float32))
-
-    def silent(self, cases: Sequence[Case]) -> bool:
-        """Whether the adapted model answered, bit for bit, what its base did: both ran in float32 by the same code."""
-        pairs = zip(self.float32, cases, strict=False)
-        return bool(self.float32) and all(
-            np.array_equal(found, case.base) for found, case in pairs if case.base is not None
-        )
-
-
 def without_edits(adapter: Adapter) -> Adapter:
     """The adapter's replaced modules alone: what its edits are measured against."""
     return dataclasses.replace(adapter, edits={})
 
 
-def graph_truth(base: ir.Model, adapter: Adapter, cases: Sequence[Case]) -> tuple[list[Case], Noise]:
+def graph_truth(
+    base: ir.Model, adapter: Adapter, cases: Sequence[Case], *, runs: int = MOST_RUNS
+) -> tuple[list[Case], Noise]:
     """Truth without torch: every edit as a side op on the base graph, evaluated in float64 by numpy.
 
     Independent of every fold and fusion; the base graph itself was held against PyTorch when it was exported.  The
-    noise is that of ONNX Runtime on the same unfolded graph with its optimisations off.
+    noise is that of ONNX Runtime on the same unfolded graph with its optimisations off, over so many runs at most.
     """
     output = base.graph.outputs[0].name or ""
     feeds = [case.feeds for case in cases]
@@ -83,9 +61,24 @@ def graph_truth(base: ir.Model, adapter: Adapter, cases: Sequence[Case]) -> tupl
     headed = apply_adapter(base, plain, make_plan(base, plain))
     double = [of_one_token(outputs[output]) for outputs in evaluate(unfolded, feeds)]
     with tempfile.TemporaryDirectory(prefix="deployfa-truth-") as scratch:
-        single = run_graph(_saved(unfolded, Path(scratch) / "unfolded"), cases, optimize=False)
+        graph = _saved(unfolded, Path(scratch) / "unfolded")
+
+        def run(seed: int) -> list[Array]:
+            weights = _neighbouring(unfolded, seed) if seed else None
+            return run_graph(graph, cases, optimize=False, initializers=weights)
+
+        noise = Noise.of(run, double, most=runs)
         bases = run_graph(_saved(headed, Path(scratch) / "base"), cases, optimize=False)
-    return _with_truth(cases, double, bases), Noise.between(single, double)
+    return _with_truth(cases, double, bases), noise
+
+
+def _neighbouring(model: ir.Model, seed: int) -> dict[str, Array]:
+    """The float32 weights of ``model``, matrices and kernels, as another rounding might have left them."""
+    return {
+        value.name or "": neighbours(value.const_value.numpy(), (seed, number))
+        for number, value in enumerate(model.graph.initializers.values())
+        if value.const_value is not None and value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) > 1
+    }
 
 
 def run_graph(
@@ -135,8 +128,8 @@ def torch_truth(
     with float64_throughout():
         double = _run(load_adapted(base, adapter, dtype=torch.float64), cases)
     bases = _run(load_adapted(base, adapter, dtype=torch.float32, edits=False), cases)
-    single = _run(load_adapted(base, adapter, dtype=torch.float32), cases)
-    return _with_truth(cases, double, bases), Noise.between(single, double), warning
+    noise = Noise.of(lambda seed: _float32_run(base, adapter, cases, seed), double)
+    return _with_truth(cases, double, bases), noise, warning
 
 
 def torch_log_likelihoods(model: str | Path, adapter: Adapter, found: Sequence[Piece], *, pad: int) -> Array:
@@ -149,6 +142,26 @@ def torch_log_likelihoods(model: str | Path, adapter: Adapter, found: Sequence[P
 
     base = load_base_of(adapter, model)
     return log_likelihoods(load_adapted(base, adapter, dtype=torch.float32), found, pad)
+
+
+def _float32_run(base: Base, adapter: Adapter, cases: Sequence[Case], seed: int) -> list[Array]:
+    """The model as it is, or with its weights as another rounding might have left them; every second time by PyTorch's
+    own convolutions instead of oneDNN's, whose sums are shorter than those of other runtimes."""
+    import torch
+
+    from deployfa.training.reference import load_adapted
+
+    model = load_adapted(base, adapter, dtype=torch.float32)
+    for number, weight in enumerate(model.parameters() if seed else ()):
+        if weight.dim() > 1:
+            weight.data = torch.from_numpy(neighbours(weight.detach().numpy(), (seed, number)))
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    try:
+        onednn.enabled = before and seed % 2 == 0
+        return _run(model, cases)
+    finally:
+        onednn.enabled = before
 
 
 def _run(model: nn.Module, cases: Sequence[Case]) -> list[Array]:

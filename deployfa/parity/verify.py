@@ -22,11 +22,12 @@ from deployfa.graph.row_ops import ADAPTER_IDS
 from deployfa.metrics import Labels
 from deployfa.parity.cases import Case, make_cases, narrowed, of_one_token, read_cases
 from deployfa.parity.measures import LIMIT, failure, measure, unmasked
+from deployfa.parity.noise import Noise
 from deployfa.parity.other import Other
 from deployfa.parity.perplexity import compare_perplexity
 from deployfa.parity.report import ParityReport, PerplexityParity, Stage
 from deployfa.parity.slots import coarseness, slot_outputs, stages_on, with_idle
-from deployfa.parity.truth import TORCH_TRUTH, Noise, run_graph, torch_log_likelihoods, torch_truth
+from deployfa.parity.truth import TORCH_TRUTH, run_graph, torch_log_likelihoods, torch_truth
 from deployfa.preprocess import PromptPreprocessor, open_preprocessor
 from deployfa.runtimes.targets import check_target, is_engine
 
