@@ -18,12 +18,23 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Minutes each; at the end they would run alone while the other worker has nothing left.
 LONGEST = ("test_docs.py", "test_demo.py")
 SOURCES = ("deployfa", "cli", "models")
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+# the same examples every time, however busy the machine; PROPERTY_EXAMPLES=20000 searches others (graph/strategies.py)
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize="PROPERTY_EXAMPLES" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

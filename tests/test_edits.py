@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -14,7 +14,7 @@ from deployfa.errors import EditError
 
 PARTS = ("lam", "input_low_rank", "delta", "output_low_rank", "output_scale")
 EPS = 2.0**-53
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FAST = settings(max_examples=60)
 
 
 def make_edit(rng, parts, k, d, kernel=(), dtype=np.float64):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployfa.adapter import Adapter, BaseReference
@@ -44,7 +44,7 @@ def added(edit: Edit, x: np.ndarray) -> np.ndarray:
     return apply_input(edit, x) - x
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(
     st.lists(st.sets(st.sampled_from((*INPUT, "output_low_rank"))), min_size=1, max_size=4),
     st.integers(0, 10**6),

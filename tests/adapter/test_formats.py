@@ -19,7 +19,7 @@ from deployfa.edits import Edit, LowRank
 from deployfa.errors import AdapterFormatError, InputError, OutputExistsError
 
 SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors", "directory": ""}
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 def bits(adapter):

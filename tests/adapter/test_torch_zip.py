@@ -26,7 +26,7 @@ from deployfa.adapter.adapter import FORMAT
 from deployfa.adapter.torch_zip import read_torch_zip
 from deployfa.errors import AdapterFormatError
 
-MANY = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=200, suppress_health_check=list(HealthCheck))
 
 
 class Call:

@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployfa.bench.statistics import Interval, median_ratio, minimum_samples, percentile, verdict
@@ -23,7 +23,6 @@ def test_a_percentile_needs_its_samples(q, needed):
         percentile(samples[1:], q)
 
 
-@settings(deadline=None)
 @given(st.floats(0.02, 0.98))
 def test_the_minimum_is_the_smallest_that_leaves_two_samples_in_the_tail(q):
     """P(at most one sample in the tail), exactly: at most 1 % at the minimum, more just below it."""

@@ -170,7 +170,7 @@ def test_what_folds_upstream_is_what_stands_beside(builder):
     seen, reasons = Counter(), Counter()
     x = np.random.default_rng(0).uniform(-1, 1, (B, S, K))
 
-    @settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=250, suppress_health_check=list(HealthCheck))
     @given(ways(builder))
     def holds(case):
         model, edits, story = case

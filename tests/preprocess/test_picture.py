@@ -137,7 +137,7 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     refused(np.zeros((0, 3), np.uint8), "no pixels")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(form=st.sampled_from(FORMATS), at=st.floats(0, 0.999), value=st.integers(0, 255), length=st.integers(1, 8))
 def test_damage_never_gives_another_error(form: str, at: float, value: int, length: int) -> None:
     content = bytearray(encoded(Image.fromarray(pixels((24, 24))), form))

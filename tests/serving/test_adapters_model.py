@@ -161,9 +161,7 @@ class RegistryAndDict(RuleBasedStateMachine):
 
 
 def test_any_sequence() -> None:
-    run_state_machine_as_test(
-        RegistryAndDict, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
-    )
+    run_state_machine_as_test(RegistryAndDict, settings=settings(max_examples=60, stateful_step_count=25))
 
 
 def evicts_the_newest(self: Catalogue, but: str) -> str | None:

@@ -164,7 +164,7 @@ class TableAndDict(RuleBasedStateMachine):
 
 
 def run(**options: Any) -> None:
-    limits = settings(max_examples=120, stateful_step_count=30, deadline=None, database=None, **options)
+    limits = settings(max_examples=120, stateful_step_count=30, **options)
     run_state_machine_as_test(TableAndDict, settings=limits)
 
 
@@ -195,4 +195,4 @@ def test_the_comparison_notices(monkeypatch: pytest.MonkeyPatch, owner: type, me
     monkeypatch.setattr(owner, method, fault)
     # found, not shrunk, which takes half a minute
     with pytest.raises((AssertionError, InputError)):
-        run(phases=[Phase.generate], derandomize=True, report_multiple_bugs=False)
+        run(phases=[Phase.generate], report_multiple_bugs=False)
