@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 __all__ = ["main"]
@@ -12,6 +13,7 @@ def main() -> None:
     from deployfa.cli.app import app
     from deployfa.errors import DeployfaError
 
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except DeployfaError as error:
@@ -22,3 +24,8 @@ def main() -> None:
         # the reader of our output (head, less) has seen enough
         sys.stderr.close()
         sys.exit(0)
+
+
+def _stop(number: int, _: object) -> None:
+    """End as Ctrl-C would: what was being written aside is removed on the way out."""
+    sys.exit(128 + number)
