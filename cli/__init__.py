@@ -27,5 +27,7 @@ def main() -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    """End as Ctrl-C would: what was being written aside is removed on the way out."""
+    """End as Ctrl-C would: what was being written aside is removed on the way out, which a second signal must not cut
+    short."""
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)

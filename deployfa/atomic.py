@@ -108,11 +108,12 @@ def _swap(partial: Path, path: Path) -> None:
         return
     old = path.parent / f".{path.name}.old-{os.getpid()}"
     _remove(old)
-    os.replace(path, old)
     try:
+        os.replace(path, old)
         os.replace(partial, path)
-    except OSError:
-        os.replace(old, path)
+    except BaseException:  # a signal between the two, too
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         raise
     _remove(old)
 
