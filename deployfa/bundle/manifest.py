@@ -91,7 +91,8 @@ class FusedCount(msgspec.Struct, frozen=True, kw_only=True):
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """What the stored reference outputs are, and the noise they are judged by.
 
-    ``noise`` is the normwise relative error of float32 against float64 in the same model on the same inputs.
+    ``noise`` is the normwise relative error of float32 against float64 in the same model on the same inputs, and
+    ``noise_max_abs`` that of a logit: the largest of several runs (``deployfa.parity.noise``).
     """
 
     file: str

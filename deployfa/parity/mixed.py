@@ -50,8 +50,8 @@ def mixed_truth(
     width = max(preprocessor.lengths(items)) if isinstance(preprocessor, PromptPreprocessor) else None
     later: list[list[tuple[int, Case]]] = []
     each = max(_FEWEST, -(-len(items) // len(adapters)))
-    # of all adapters together
-    runs = -(-MOST_RUNS // len(adapters))
+    # of all adapters together; of each the model as it is, and another one
+    runs = max(2, -(-MOST_RUNS // len(adapters)))
     for number, (row, load) in enumerate(adapters.items()):
         say(f"computing the reference in float64: adapter {number + 1} of {len(adapters)}")
         adapter = load()
@@ -59,7 +59,7 @@ def mixed_truth(
         own = [Case(preprocessor.encode(mine, length=width), rows=tuple(range(each)), items=tuple(range(each)))]
         if isinstance(preprocessor, PromptPreprocessor):
             own = with_decoding(preprocessor, base, own)
-        cases, noise = graph_truth(resize_heads(base, adapter), adapter, own, runs=runs)
+        cases, noise = graph_truth(resize_heads(base, adapter), adapter, own, runs=runs, seed=number * MOST_RUNS)
         if silent is not None:
             silent(row, adapter, cases, noise)
         square = sum(float(np.sum(case.truth**2)) for case in cases if case.truth is not None)

@@ -13,7 +13,7 @@ from deployfa.parity.cases import Case
 __all__ = ["MOST_RUNS", "Noise", "neighbours"]
 
 #: How many float32 runs of a model its noise is measured on: so many at least, and more while they do not agree.
-FEWEST_RUNS, MOST_RUNS = 2, 8
+FEWEST_RUNS, MOST_RUNS = 4, 8
 #: Runs agree if none is so many times as far from the truth as another one.
 AGREE = 1.1
 #: A number rounded once is off by a variance of ulp²/12; so is one that moves by an ulp one time in twelve.
@@ -61,9 +61,13 @@ class Noise:
 
 
 def neighbours(weight: Array, seed: int | tuple[int, ...]) -> Array:
-    """``weight``, float32, with one number in twelve moved to the next above or below; none to infinity."""
+    """``weight``, float32, with one number in twelve moved to the next above or below.
+
+    Zeros stay, which no rounding made, and so does what is infinite or would become so.
+    """
     draw = np.random.default_rng(seed).random(weight.shape, dtype=np.float32)
     toward = np.where(draw < 0.5 / MOVED, np.float32(np.inf), np.float32(-np.inf))
     with np.errstate(over="ignore"):
         moved = np.nextafter(weight, toward)
-    return np.where((draw < 1 / MOVED) & np.isfinite(moved), moved, weight)
+    movable = np.isfinite(weight) & np.isfinite(moved) & (weight != 0)
+    return np.where(movable & (draw < 1 / MOVED), moved, weight)

@@ -46,8 +46,8 @@ def render(report: ParityReport) -> list[RenderableType]:
             figures += [f"{100 * stage.accuracy:.2f}", f"{stage.mcnemar_p:.2f}"]
         table.add_row(stage.name, *figures, "pass" if stage.passed else "FAIL")
     noise = (
-        f"noise (float32 against float64, same model, same rows): {report.noise:.2e} of ‖truth‖; "
-        f"the adapter's own effect: {report.effect:.2f} of ‖truth‖"
+        f"noise (float32 against float64, same model, same rows, largest of several runs): {report.noise:.2e} of "
+        f"‖truth‖; the adapter's own effect: {report.effect:.2f} of ‖truth‖"
     )
     if report.tokens_longest:
         noise += f"; longest row {report.tokens_longest} tokens"

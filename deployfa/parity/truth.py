@@ -31,6 +31,7 @@ __all__ = [
     "GRAPH_TRUTH",
     "TORCH_TRUTH",
     "graph_truth",
+    "neighbouring",
     "run_graph",
     "torch_log_likelihoods",
     "torch_truth",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 TORCH_TRUTH = "PyTorch float64, adapter unfolded"
+#: Operator → which of its inputs is the weight.
+_WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "Gather": 0, "Gemm": 1, "MatMul": 1}
 GRAPH_TRUTH = "base graph float64, adapter as side ops"
 
 
@@ -47,12 +50,13 @@ def without_edits(adapter: Adapter) -> Adapter:
 
 
 def graph_truth(
-    base: ir.Model, adapter: Adapter, cases: Sequence[Case], *, runs: int = MOST_RUNS
+    base: ir.Model, adapter: Adapter, cases: Sequence[Case], *, runs: int = MOST_RUNS, seed: int = 0
 ) -> tuple[list[Case], Noise]:
     """Truth without torch: every edit as a side op on the base graph, evaluated in float64 by numpy.
 
     Independent of every fold and fusion; the base graph itself was held against PyTorch when it was exported.  The
-    noise is that of ONNX Runtime on the same unfolded graph with its optimisations off, over so many runs at most.
+    noise is that of ONNX Runtime on the same unfolded graph with its optimisations off, over so many ``runs`` at most;
+    another ``seed`` draws other weights for them.
     """
     output = base.graph.outputs[0].name or ""
     feeds = [case.feeds for case in cases]
@@ -63,8 +67,8 @@ def graph_truth(
     with tempfile.TemporaryDirectory(prefix="deployfa-truth-") as scratch:
         graph = _saved(unfolded, Path(scratch) / "unfolded")
 
-        def run(seed: int) -> list[Array]:
-            weights = _neighbouring(unfolded, seed) if seed else None
+        def run(number: int) -> list[Array]:
+            weights = neighbouring(unfolded, seed + number) if number else None
             return run_graph(graph, cases, optimize=False, initializers=weights)
 
         noise = Noise.of(run, double, most=runs)
@@ -72,13 +76,30 @@ def graph_truth(
     return _with_truth(cases, double, bases), noise
 
 
-def _neighbouring(model: ir.Model, seed: int) -> dict[str, Array]:
-    """The float32 weights of ``model``, matrices and kernels, as another rounding might have left them."""
+def neighbouring(model: ir.Model, seed: int) -> dict[str, Array]:
+    """The float32 weights of the layers of ``model`` as another rounding might have left them, by name.
+
+    Nothing else moves: a mask of zeros and ones times 1e4 would make noise of what is none.
+    """
     return {
         value.name or "": neighbours(value.const_value.numpy(), (seed, number))
         for number, value in enumerate(model.graph.initializers.values())
-        if value.const_value is not None and value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) > 1
+        if value.const_value is not None
+        and value.dtype == ir.DataType.FLOAT
+        and sum(size > 1 for size in value.const_value.shape.numpy()) > 1
+        and _weighs(value)
     }
+
+
+def _weighs(value: ir.Value) -> bool:
+    """Whether a layer reads ``value`` as its weight, transposed or not."""
+    for node, index in value.uses():
+        if node.op_type in {"Transpose", "Identity"}:
+            if _weighs(node.outputs[0]):
+                return True
+        elif index == _WEIGHTS.get(node.op_type):
+            return True
+    return False
 
 
 def run_graph(
@@ -153,7 +174,7 @@ def _float32_run(base: Base, adapter: Adapter, cases: Sequence[Case], seed: int)
 
     model = load_adapted(base, adapter, dtype=torch.float32)
     for number, weight in enumerate(model.parameters() if seed else ()):
-        if weight.dim() > 1:
+        if weight.dim() > 1 and weight.is_floating_point():
             weight.data = torch.from_numpy(neighbours(weight.detach().numpy(), (seed, number)))
     onednn: Any = torch.backends.mkldnn
     before = onednn.enabled

@@ -126,11 +126,11 @@ def parity(report: DemoReport, plots: Plots) -> Html:
     text = (
         "No two ways of computing a model in float32 agree to the last bit, so an error means nothing without a scale. "
         "The scale here is the model's own noise: how far the same adapted model in float32 is from itself in float64, "
-        "on the same rows. A stage passes when its error is at most the limit times that noise, no output is NaN or "
-        "infinite, and no label flips that noise cannot explain."
+        "on the same rows, at most, in several runs. A stage passes when its error is at most the limit times that "
+        "noise, no output is NaN or infinite, and no label flips that noise cannot explain."
     )
     parts = [part for name, found in report.parity.items() for part in _parity_of(name, found)]
-    caption = "Zero would be the float64 truth itself, 1 is as far as plain float32 is from it."
+    caption = "Zero would be the float64 truth itself, 1 is as far as float32 in PyTorch was from it at most."
     return tag(
         "section", tag("h2", "Is it still the same model?"), tag("p", text), drawn(plots, "parity", caption), parts
     )
