@@ -24,9 +24,9 @@ MOVED = 12
 class Noise:
     """float32 against float64 in the same model on the same inputs: normwise relative, and the largest logit error.
 
-    One run says little where the outputs are few: over ten logits of one convolutional network the errors of all rows
-    go together, and one correct program is more than twice as far from the truth as another one time in twenty.  So it
-    is the largest of several runs, whose weights differ by what rounding them once does.  ``float32`` are the answers
+    One run says little where the outputs are few: the errors of all rows go together, and one correct program is more
+    than twice as far from the truth as another one time in twenty (``benchmarks/noise.py``).  So it is the largest of
+    several runs, whose weights differ by what rounding them once does.  ``float32`` are the answers
     of the model as it is, per case; empty when the noise was read from a bundle.
     """
 
