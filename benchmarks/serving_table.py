@@ -73,7 +73,7 @@ def _saturated(results: list[dict[str, Any]]) -> list[str]:
 def _fleet(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for r in results:
-        changes = ", ".join(f"{count:,} {what}" for what, count in r["changes"].items())
+        changes = ", ".join(f"{count:,} {what}" for what, count in sorted(r["changes"].items()))
         lines += [
             f"{r['adapters']:,} adapters, {r['max_resident']} in memory; {r['requests']:,} requests at "
             f"{r['rate']:.0f}/s in {r['seconds']:.0f} s, from when they should have been sent: p50 {r['p50_ms']:.1f}, "
