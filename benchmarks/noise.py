@@ -42,6 +42,7 @@ __all__ = ["STAGES", "Drawn", "NoiseReport", "main", "markdown"]
 STAGES = ("folded, optimisations off", "folded, on", "side ops, optimisations off", "side ops, on")
 #: Standard deviation of what is added: to λ, and to a head relative to that of its own numbers.
 _LAMBDA, _HEAD = 0.03, 0.5
+#: Seeds from here on: not the draws that the rule was found with.
 _FIRST = 1000
 
 
@@ -94,8 +95,9 @@ def draw(adapter: Adapter, cases: list[Case]) -> Drawn:
         with tempfile.TemporaryDirectory(prefix="deployfa-noise-") as scratch:
             file = save_graph(placed, Path(scratch))
             stages += [error(run_graph(file, cases, optimize=optimize)) for optimize in (False, True)]
-            # what the side ops say last is the unfolded graph; its float64 truth in numpy would take minutes
-            stored = Noise.of(partial(rerun, file, placed, cases), truths)
+            if placement == "side-op":
+                # as graph_truth does, but for the truth, which takes minutes in numpy
+                stored = Noise.of(partial(rerun, file, placed, cases), truths)
     return Drawn(one_run=error(noise.float32), noise=noise.relative, stored=stored.relative, stages=stages)
 
 
@@ -110,7 +112,6 @@ def measure(file: Path, data: Path, *, adapters: int, rows: int, progress: Progr
     _, graph = plan_adapter(adapter)
     items = [row.item for row in rows_of(task_of(adapter.base.task), data, most=rows)]
     cases = make_cases(graph.preprocessor(), items)
-    # not the ones that the rule was found with
     numbers = progress.track(range(_FIRST, _FIRST + adapters), description=graph.architecture)
     return NoiseReport(
         model=graph.architecture, rows=len(items), adapters=[draw(around(adapter, seed), cases) for seed in numbers]
@@ -157,10 +158,10 @@ def main() -> int:
             for file, _, data in (pair.partition("=") for pair in options.pairs)
         ]
     options.out.mkdir(parents=True, exist_ok=True)
-    with write_file(options.out / "noise.json", force=True) as partial:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(reports)))
-    with write_file(options.out / "noise.md", force=True) as partial:
-        partial.write_text(markdown(reports), encoding="utf-8")
+    with write_file(options.out / "noise.json", force=True) as aside:
+        aside.write_bytes(msgspec.json.format(msgspec.json.encode(reports)))
+    with write_file(options.out / "noise.md", force=True) as aside:
+        aside.write_text(markdown(reports), encoding="utf-8")
     print(markdown(reports))
     return 0
 

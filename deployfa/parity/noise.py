@@ -10,7 +10,7 @@ import numpy as np
 from deployfa.edits import Array
 from deployfa.parity.cases import Case
 
-__all__ = ["MOST_RUNS", "Noise", "neighbours"]
+__all__ = ["FEWEST_RUNS", "MOST_RUNS", "Noise", "neighbours"]
 
 #: How many float32 runs of a model its noise is measured on: so many at least, and more while they do not agree.
 FEWEST_RUNS, MOST_RUNS = 4, 8
@@ -26,8 +26,8 @@ class Noise:
 
     One run says little where the outputs are few: the errors of all rows go together, and one correct program is more
     than twice as far from the truth as another one time in twenty (``benchmarks/noise.py``).  So it is the largest of
-    several runs, whose weights differ by what rounding them once does.  ``float32`` are the answers
-    of the model as it is, per case; empty when the noise was read from a bundle.
+    several runs, whose weights differ by what rounding them once does.  ``float32`` are the answers of the model as it
+    is, per case; empty when the noise was read from a bundle.
     """
 
     relative: float
