@@ -112,7 +112,7 @@ def _swap(partial: Path, path: Path) -> None:
         os.replace(path, old)
         os.replace(partial, path)
     except BaseException:  # a signal between the two, too
-        if old.exists() and not path.exists():
+        if os.path.lexists(old) and not os.path.lexists(path):
             os.replace(old, path)
         raise
     _remove(old)

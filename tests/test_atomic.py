@@ -105,6 +105,31 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path):
     assert listing(tmp_path) == ["out", "out/old"]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_signal_between_the_two_renames_puts_the_old_one_back(tmp_path, monkeypatch, linked):
+    out = tmp_path / "out"
+    if linked:
+        out.symlink_to(tmp_path)
+    else:
+        out.mkdir()
+        (out / "old").write_text("old")
+    before = listing(tmp_path)
+    renames = []
+
+    def interrupted(source, target):
+        rename(source, target)
+        renames.append(target)
+        if len(renames) == 1:
+            raise KeyboardInterrupt
+
+    rename = os.replace
+    with pytest.raises(KeyboardInterrupt), write_directory(out, force=True) as partial:
+        (partial / "new").write_text("new")
+        monkeypatch.setattr(os, "replace", interrupted)
+    assert len(renames) == 2
+    assert listing(tmp_path) == before and out.is_symlink() == linked
+
+
 def test_force_on_a_link_replaces_the_link_and_leaves_its_target(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
